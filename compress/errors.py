@@ -19,13 +19,16 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import itertools
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 LONGEST_REASON = 300  # characters of another error's message
 UNPRINTABLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # categories of Unicode
+MOST_NEIGHBOURS = 1000  # names in a folder that a wrong one is compared with
 OUT_OF_MEMORY = (  # as allocators, then the interpreter, the linker and C++ say it
     *("out of memory", "can't allocate memory", "not enough memory", "annot allocate memory"),
     *("can't start new thread", "failed to map segment", "error return without exception set"),
@@ -210,3 +213,23 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ". Did you mean 'x'?" for the likeliest of ``known``, or an empty string."""
     close = nearest(name, known, count=1)
     return f". Did you mean {close[0]!r}?" if close else ""
+
+
+def absence(path: str | Path, wanted: str = "file") -> str:
+    """Return why ``path`` is no such file: what it is, or that it is absent and what lies there.
+
+    ``wanted`` is "file", "folder" or "file or folder".
+    """
+    path = Path(path)
+    if path.is_dir() or path.is_file():
+        return f"is a {'folder' if path.is_dir() else 'file'}, not a {wanted}"
+    beside: list[Path] = []
+    with contextlib.suppress(OSError, ValueError):
+        beside = [
+            each
+            for each in itertools.islice(path.parent.iterdir(), MOST_NEIGHBOURS)
+            if wanted != "folder" or each.is_dir()
+        ]
+    stems = {each.stem: each for each in beside}  # endings make all names alike
+    close = difflib.get_close_matches(path.stem, stems, n=1, cutoff=0.7)
+    return f"no such {wanted}" + (f". Did you mean {str(stems[close[0]])!r}?" if close else "")

@@ -17,7 +17,7 @@ PATIENCE_S = 4.0  # a call into a library that takes longer is not waited for
 RETRY_S = 0.1  # until a signal that came during an import is looked at again
 IMPORT = "<frozen importlib._bootstrap>"  # the file of what runs while a module is imported
 ENDING = (signal.SIGINT, signal.SIGTERM)
-MESSAGE = "compress: interrupted; the same command continues where it stopped\n"
+MESSAGE = "compress: interrupted; a run goes on where it stopped: give the same command\n"
 
 
 class InterruptedBySignal(KeyboardInterrupt):

@@ -25,7 +25,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from compress.errors import UnknownNameError, UsageError, did_you_mean
+from compress.errors import UnknownNameError, UsageError, absence, did_you_mean
 from compress.trust import check_code
 
 KINDS = {
@@ -175,6 +175,16 @@ def _typed(kind: str, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     return typed
 
 
+def spelled_types(kind: str, name: str) -> dict[str, str]:
+    """Return what each option of a plug-in may be, in the words of YAML."""
+    plugin = plugin_class(kind, name)
+    try:
+        return {option: _spelled(hint) for option, hint in get_type_hints(plugin).items()}
+    except (NameError, AttributeError, TypeError):  # of names that only a type checker imports
+        fields = dataclasses.fields(plugin) if dataclasses.is_dataclass(plugin) else ()
+        return {each.name: str(each.type) for each in fields}
+
+
 def _spelled(hint: Any) -> str:
     """Return what a type is called in YAML."""
     origin, inner = get_origin(hint) or hint, get_args(hint)
@@ -241,7 +251,7 @@ def _own(kind: str, name: str) -> tuple[Path, str] | None:
     if not colon or not file.endswith(".py"):
         return None
     if not Path(file).is_file():
-        raise UsageError("no such file", where=file, expected=f"a {KINDS[kind]} as FILE.py:CLASS")
+        raise UsageError(absence(file), where=file, expected=f"a {KINDS[kind]} as FILE.py:CLASS")
     return Path(file), wanted
 
 
@@ -255,7 +265,7 @@ def import_file(path: Path, expected: str) -> ModuleType:
         UsageError: there is no such file, or running it fails.
     """
     if not path.is_file():
-        raise UsageError("no such file", where=str(path), expected=expected)
+        raise UsageError(absence(path), where=str(path), expected=expected)
     check_code(str(path))
     name = f"compress_own_{path.stem}_{abs(hash(path.resolve()))}"
     spec = importlib.util.spec_from_file_location(name, path)

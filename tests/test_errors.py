@@ -66,3 +66,23 @@ def test_words_for_too_little_memory_count_but_in_errors_of_our_own(said):
 )
 def test_reasons_of_libraries_name_no_place_in_their_source(told, reason):
     assert errors.reason_of(told) == reason
+
+
+@pytest.mark.parametrize(
+    ("asked", "wanted", "said"),
+    [
+        ("phtos", "folder", "no such folder. Did you mean '{}/photos'?"),
+        ("net.pyy", "file", "no such file. Did you mean '{}/net.py'?"),
+        ("ent.onnx", "file", "no such file"),  # its ending is all that it shares
+        ("nt.py", "folder", "no such folder"),
+        ("photos", "file", "is a folder, not a file"),
+        ("net.py", "folder", "is a file, not a folder"),
+        ("absent/below", "file or folder", "no such file or folder"),
+        ("a\0b", "file", "no such file"),
+    ],
+)
+def test_what_is_absent_is_told_with_what_lies_there(tmp_path, asked, wanted, said):
+    (tmp_path / "photos").mkdir()
+    for name in ("net.py", "other.onnx"):
+        (tmp_path / name).touch()
+    assert errors.absence(tmp_path / asked, wanted) == said.format(tmp_path)

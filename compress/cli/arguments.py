@@ -17,10 +17,16 @@ from compress.trust import allow_all
 RECIPES, STAGES = "recipes", "stages"  # shown as plug-ins are, though they are none
 SHOWN = (*plugins.KINDS, RECIPES, STAGES)
 
-Model = Annotated[str, typer.Argument(help="torchvision:NAME, timm:NAME, FILE.py:FACTORY, ...")]
+MODELS = "FILE.py:NAME (a class or function), torchvision:NAME, timm:NAME, run folder"
+Model = Annotated[str, typer.Argument(help=f"Network: {MODELS}, ...")]
+AnyModel = Annotated[str, typer.Argument(help=f"Network: {MODELS} or FILE.onnx")]
 Data = Annotated[
     str,
-    typer.Option("--data", help="digits, imagefolder:ROOT, voc:root=ROOT,OPTION=VALUE, ..."),
+    typer.Option(
+        "--data",
+        help="Images, KIND:PLACE: imagefolder:FOLDER, images:FOLDER (no labels), "
+        "voc:root=FOLDER,OPTION=VALUE, ...; see compress list data",
+    ),
 ]
 Weights = Annotated[
     str | None,
@@ -165,7 +171,9 @@ class FineTuning:
     epochs: Annotated[
         int | None, typer.Option(help="Epochs of fine-tuning afterwards; none if absent")
     ] = None
-    teacher: Annotated[str | None, typer.Option(help="MODEL to distill from with --epochs")] = None
+    teacher: Annotated[str | None, typer.Option(help="Network to distill from, with --epochs")] = (
+        None
+    )
 
 
 def with_options(*groups: type) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -184,7 +184,9 @@ def predict(
 
 
 def lint(
-    file: Annotated[Path, typer.Argument(help="Q/DQ ONNX file, or the stage folder of one")],
+    file: Annotated[
+        Path, typer.Argument(help="Int8 ONNX file (Q/DQ form), or the stage folder of one")
+    ],
     target: Annotated[str, typer.Option(help="onnxruntime, openvino or tensorrt")],
     fix: Annotated[bool, typer.Option(help="Fix what can be fixed automatically")] = False,
     out: Annotated[
@@ -192,7 +194,7 @@ def lint(
     ] = None,
     json: Json = None,
 ) -> None:
-    """Check a Q/DQ file against a runtime's rules: what costs accuracy or speed; fix it."""
+    """Check an int8 ONNX file by a runtime's rules: what costs accuracy or speed; fix it."""
     from compress.qdq.lint import fix_onnx, lint_onnx
     from compress.report.run_folder import one_graph
     from compress.terminal import table
@@ -269,7 +271,7 @@ def _fixed(source: Path, input_size: str | None) -> Iterator[Path]:
 
 def bundle(
     run: Annotated[Path, typer.Argument(help="Run folder")],
-    out: Annotated[Path, typer.Option("--out", help="FILE.tar.gz")],
+    out: Annotated[Path, typer.Option("--out", help="Archive to write, FILE.tar.gz")],
 ) -> None:
     """Pack what a device needs to build, check and measure engines, and to predict."""
     from compress.pipeline.bundle import write_bundle

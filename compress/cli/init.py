@@ -15,11 +15,11 @@ from typing import Annotated, Any
 import typer
 
 from compress import progress
-from compress.cli.arguments import ImageSize
+from compress.cli.arguments import MODELS, ImageSize
 from compress.cli.contents import data_in, files_in, networks_in, weights_in
 from compress.cli.options import Given, data_part
 from compress.cli.output import print_result
-from compress.errors import CompressError, ModelError, UsageError
+from compress.errors import CompressError, DataError, ModelError, UsageError, absence
 from compress.trust import agree, allow, allow_all
 
 RECIPE = "compress.yaml"
@@ -65,9 +65,14 @@ def init(
     folder: Annotated[
         Path, typer.Argument(help="Folder with the network, weights and images")
     ] = Path(),
-    model: Annotated[str | None, typer.Option(help="MODEL; searched for if absent")] = None,
-    weights: Annotated[str | None, typer.Option(help="Weights; searched for if absent")] = None,
-    data: Annotated[str | None, typer.Option(help="DATA; searched for if absent")] = None,
+    model: Annotated[
+        str | None, typer.Option(help=f"Network: {MODELS} or FILE.onnx; searched for if absent")
+    ] = None,
+    weights: Annotated[str | None, typer.Option(help="Weight file; searched for if absent")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Images, KIND:PLACE, as imagefolder:photos; searched for if absent"),
+    ] = None,
     image_size: ImageSize = None,
     task: Annotated[str | None, typer.Option(help="Task; that of the data if absent")] = None,
     keep_macs: Annotated[
@@ -77,7 +82,7 @@ def init(
         list[str] | None, typer.Option(help="Runtimes; the installed ones if absent")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Recipe to write; DIR/compress.yaml if absent")
+        Path | None, typer.Option("--out", help="Recipe to write; FOLDER/compress.yaml if absent")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Write over a recipe")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Take every proposal, ask nothing")] = False,
@@ -107,7 +112,7 @@ def write_recipe(given: Given, ask: Callable[[str, str], str] | None) -> str:
 
     if not given["folder"].is_dir():
         raise UsageError(
-            "no such folder",
+            absence(given["folder"], "folder"),
             where=str(given["folder"]),
             expected="the folder where network, weights and images lie",
         )
@@ -127,16 +132,16 @@ def write_recipe(given: Given, ask: Callable[[str, str], str] | None) -> str:
 
 def propose(given: Given, ask: Callable[[str, str], str] | None) -> Proposal:
     """Return the recipe's content from the options and what the folder holds."""
-    from compress.data import load_data
-    from compress.recipe.settings import DataSettings
+    from compress.pipeline.check import check_model
     from compress.tasks import default_task, load_task, primary_of
 
     folder = given["folder"]
+    if given["model"] is not None:
+        check_model(given["model"])  # before images are read
     chosen = dict(given)
     lying = None if given["data"] else _one(list(data_in(folder)))
     chosen["data"] = _answer(ask, "data", given["data"], lying, "--data KIND:PLACE")
-    part = data_part(chosen)
-    dataset = load_data(DataSettings(**part))
+    dataset, part = _data_of(data_part(chosen))
     files = [given["weights"]] if given["weights"] else list(weights_in(folder))
     found = given["model"] or _fitting(folder, files, dataset)
     if found is None:
@@ -165,6 +170,30 @@ def propose(given: Given, ask: Callable[[str, str], str] | None) -> Proposal:
             given["keep_macs"] or _answer(ask, "share of the MACs to keep", None, "0.5")
         ),
     )
+
+
+def _data_of(part: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return data and its part of the recipe, which leaves out boxes that are none.
+
+    Raises:
+        CompressError: the data cannot be read.
+    """
+    from compress import plugins
+    from compress.data import load_data
+    from compress.recipe.settings import DataSettings
+
+    try:
+        return load_data(DataSettings(**part)), part
+    except DataError as error:
+        given = part.get("options", {})
+        if "invalid" in given or "invalid" not in plugins.options("data", part["name"]):
+            raise
+        part = part | {"options": {**given, "invalid": "drop"}}
+        dataset = load_data(DataSettings(**part))  # which raises what else is wrong
+        progress.warn(
+            f"{error.where}: {error.what}. The recipe leaves such boxes out (invalid: drop)."
+        )
+        return dataset, part
 
 
 def _installed_runtimes() -> list[str]:
@@ -243,10 +272,16 @@ def _no_network(folder: Path, weights: Sequence[str], dataset: Any) -> UsageErro
 
 
 def _used(model: str, weights: Sequence[str], dataset: Any) -> str | None:
-    """Return the first weight file that ``model`` takes, and say which are not used, and why."""
+    """Return the first weight file that ``model`` takes, and say which are not used, and why.
+
+    Raises:
+        CompressError: the network cannot be built.
+    """
     if model.endswith(".onnx"):
         return None
     reasons = {}
+    if weights and (fault := _misfit(model, None, dataset)):
+        raise fault  # of the network itself, and not of its weights
     for file in weights:
         reason = _misfit(model, file, dataset)
         if reason is None:

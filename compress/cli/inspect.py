@@ -81,12 +81,12 @@ def show(
 def _plugin(kind: str, name: str) -> str:
     """Return the documentation and the options of a plug-in, each with what it may be."""
     lines = [plugins.documentation(kind, name), "", "Options:"]
-    plugin = plugins.plugin_class(kind, name)
-    fields = dataclasses.fields(plugin) if dataclasses.is_dataclass(plugin) else ()
-    types = {each.name: each.type for each in fields}
+    types = plugins.spelled_types(kind, name)
     for option, default in plugins.options(kind, name).items():
         required = default is dataclasses.MISSING
-        lines.append(f"  {option}: {'required' if required else repr(default)} ({types[option]})")
+        lines.append(
+            f"  {option}: {'required' if required else _as_in_yaml(default)} ({types[option]})"
+        )
     return "\n".join(lines if len(lines) > 3 else [*lines[:-1], "No options."])
 
 
@@ -104,9 +104,21 @@ def _stage(name: str) -> str:
         default = "required"
         if not field.is_required():
             values[option] = field.get_default(call_default_factory=True, validated_data=values)
-            default = f"default {values[option]!r}"
+            default = f"default {_as_in_yaml(values[option])}"
         lines.append(f"  {option} ({default}): {field.description or ''}".rstrip(": "))
     return "\n".join(lines)
+
+
+def _as_in_yaml(value: Any) -> str:
+    """Return a default as a recipe would have it, on one line."""
+    import yaml
+
+    if hasattr(value, "model_dump"):
+        value = value.model_dump(mode="json")
+    elif isinstance(value, tuple):
+        value = list(value)
+    text: str = yaml.safe_dump(value, default_flow_style=True, width=1000, sort_keys=False)
+    return text.removesuffix("...\n").strip()
 
 
 def schema(

@@ -55,7 +55,8 @@ def bench(
     ] = None,
     batch: Annotated[str, typer.Option(help="Batch sizes: 1,8")] = "1",
     data: Annotated[
-        str | None, typer.Option(help="DATA, to measure accuracy as well; latency alone if absent")
+        str | None,
+        typer.Option(help="Images (KIND:PLACE) to measure accuracy on; latency alone if absent"),
     ] = None,
     threads: Threads = None,
     json: Json = None,

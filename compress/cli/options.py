@@ -22,6 +22,15 @@ Given = Mapping[str, Any]  # the options of a command, as parsed
 INPUT_SIZE = "3 whole numbers, channels, height and width: 3,224,224"
 NOT: tuple[Any, ...] = (None, [], ())  # what an option is that was not given
 DROP_PCT = 1.0  # of the metric that one group may cost alone, where a sensitivity is the budget
+FILES = {  # how data in a file is written, by the file's ending
+    ".csv": "csv:{}",
+    ".json": "coco:{}",
+    ".npz": "npz:{}",
+    ".npy": "npz:{}",
+    ".py": "{}:NAME",
+    ".tar": "webdataset:{}",
+    ".yaml": "yolo:{}",
+}
 TRAINING = ("epochs", "batch_size")  # options of every training
 DEFAULT_RUNTIME = "onnxruntime"  # written out: runtimes are not imported to parse options
 DEFAULT_TARGETS = ({"runtime": DEFAULT_RUNTIME, "precision": "fp32"},)
@@ -57,6 +66,8 @@ def data_part(given: Given) -> dict[str, Any]:
     from compress.recipe.settings import data_reference
 
     text = given["data"]
+    if ":" not in text and Path(text).exists():
+        raise _no_kind(text)
     part = data_reference(plugins.reference(text) if ":root=" in text else text)
     part |= present(given, "batch_size", "workers", "color", "layout")
     if given.get("image_size") is not None:
@@ -74,6 +85,20 @@ def data_part(given: Given) -> dict[str, Any]:
     if given.get("inputs"):
         part["inputs"] = dict(_named_value(text) for text in given["inputs"])
     return part
+
+
+def _no_kind(place: str) -> UsageError:
+    """Return what to write for files or folders that were given without their kind."""
+    from compress.cli.contents import data_in
+
+    path = Path(place)
+    written = FILES.get(path.suffix, "")
+    lying = list(data_in(path)) if path.is_dir() else [written.format(place)] if written else []
+    return UsageError(
+        f"--data {place}: is a {'folder' if path.is_dir() else 'file'}, and its kind is not said",
+        expected="KIND:PLACE",
+        fix=f"Did you mean --data {lying[0]}?" if lying else "See: compress list data",
+    )
 
 
 def _named_value(text: str) -> tuple[str, float | list[float] | str]:

@@ -44,7 +44,7 @@ def exit_code(call: Callable[[], Any]) -> int:
         sys.stderr.write(f"compress: {error}\n")
         code = USER_ERROR
     except ClickException as error:
-        error.show()
+        _show_misuse(error)
         code = USER_ERROR
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
@@ -56,6 +56,24 @@ def exit_code(call: Callable[[], Any]) -> int:
         code = signals.exit_code or INTERRUPTED
         sys.stderr.write(MESSAGE)
     return code if isinstance(code, int) else 0
+
+
+def _show_misuse(error: Any) -> None:
+    """Say in a sentence what is wrong with the words of a command line."""
+    context, option = getattr(error, "ctx", None), getattr(error, "param", None)
+    told = error.format_message().rstrip(".")
+    if context is None or "NoArgs" in type(error).__name__:  # compress alone: its help
+        error.show()
+        return
+    named = context.info_name if context.parent is not None else ""
+    parts = [f"{named}: {told}." if named else f"{told}."]
+    text = getattr(option, "help", None) or ""
+    if "Missing" in told and text:
+        first, rest = text[:1], text[1:]
+        wanted = f"{first if rest[:1].isupper() else first.lower()}{rest}"
+        parts.append(f"Expected {wanted.rstrip('.')}.")
+    parts.append(f"See: compress {named}{' ' * bool(named)}--help.")
+    sys.stderr.write(printable(f"compress: {' '.join(parts)}\n"))
 
 
 def _unexpected(error: Exception) -> int:

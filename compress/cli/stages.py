@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from compress.cli.arguments import (
+    AnyModel,
     Classes,
     Data,
     Epochs,
@@ -168,7 +169,10 @@ def sparsify(
     num_classes: Classes = None,
     keep_weights: Annotated[
         float | None,
-        typer.Option(help="Share of the weights to keep; not with --pattern 2:4, which keeps half"),
+        typer.Option(
+            help="Share of the weights to keep; 0.5 if absent; not with --pattern 2:4, which keeps "
+            "half"
+        ),
     ] = None,
     pattern: Annotated[
         str | None, typer.Option(help="unstructured or 2:4; unstructured if absent")
@@ -180,6 +184,8 @@ def sparsify(
     """Set single weights to zero (sparsity); fine-tune if --epochs is given."""
     given = ctx.params
     zero = present(given, "keep_weights", "pattern", "criterion")
+    if pattern in (None, "unstructured"):
+        zero = {"keep_weights": 0.5} | zero
     run_stages("sparsify", given, [{"sparsify": zero}, *training_after(given)])
 
 
@@ -187,7 +193,7 @@ def sparsify(
 def distill(
     ctx: typer.Context,
     student: Model,
-    teacher: Annotated[str, typer.Option(help="MODEL to distill from")],
+    teacher: Annotated[str, typer.Option(help="Network to distill from, written as the first is")],
     data: Data,
     weights: Weights = None,
     teacher_weights: Weights = None,
@@ -207,7 +213,7 @@ def distill(
 @with_options(Running, Pixels, FileInput, Experiment)
 def quantize(
     ctx: typer.Context,
-    model: Model,
+    model: AnyModel,
     data: Data,
     weights: Weights = None,
     num_classes: Classes = None,
@@ -241,7 +247,7 @@ def quantize(
     ] = None,
     input_size: FixedSize = None,
 ) -> None:
-    """Quantize to int8: write one Q/DQ file for each target runtime."""
+    """Quantize to int8: write one ONNX file (in Q/DQ form) for each target runtime."""
     given = ctx.params
     settings = present(given, "method", "samples", "max_drop", "exclude")
     settings |= chosen_plugins(given, "observer")
@@ -252,7 +258,9 @@ def quantize(
 
 
 def check(
-    recipes: Annotated[list[Path], typer.Argument(help="Recipes, YAML")],
+    recipes: Annotated[
+        list[Path], typer.Argument(help="Recipes: YAML files, or names of compress list")
+    ],
     overrides: Set = None,
     trust: Trust = False,
 ) -> None:

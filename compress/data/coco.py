@@ -9,7 +9,7 @@ from typing import Any
 
 from compress.data import Source
 from compress.data._annotated import Annotation, BoxedPictures
-from compress.errors import DataError, unreadable
+from compress.errors import DataError, absence, unreadable
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Coco(BoxedPictures):
 
 def _content(file: Path) -> dict[str, Any]:
     if not file.is_file():
-        raise DataError("no such file", where=str(file), expected="annotations as COCO has them")
+        raise DataError(absence(file), where=str(file), expected="annotations as COCO has them")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except PermissionError as error:

@@ -13,7 +13,7 @@ from compress.data import Source
 from compress.data._annotated import pictures
 from compress.data._images import SPLITS, TEST, LabelledImages, held_out
 from compress.data._pictures import Pictures
-from compress.errors import DataError, UsageError, did_you_mean
+from compress.errors import DataError, UsageError, absence, did_you_mean
 
 IMAGE = ("image", "path", "file", "filename", "filepath", "image_path", "img", "name", "id")
 LABEL = ("label", "class", "target", "category", "y", "species")
@@ -82,6 +82,8 @@ class Csv(Pictures):
 
 def _read(table: Path) -> tuple[list[Row], list[str]]:
     """Return the lines of the table and the names of its columns."""
+    if not table.is_file():
+        raise DataError(absence(table), where=str(table), expected="a table of files and classes")
     try:
         text = table.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

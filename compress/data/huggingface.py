@@ -8,7 +8,7 @@ from typing import Any
 
 from compress.data import Source
 from compress.data._items import ItemPictures, source_of_items
-from compress.errors import DataError, UsageError
+from compress.errors import DataError, UsageError, absence
 from compress.packages import require
 
 
@@ -33,7 +33,9 @@ class Huggingface(ItemPictures):
         """
         hub = require("datasets", extra="huggingface", purpose="data 'huggingface'")
         if not Path(self.root).is_dir():
-            raise DataError("no such folder", where=self.root, expected="what save_to_disk wrote")
+            raise DataError(
+                absence(self.root, "folder"), where=self.root, expected="what save_to_disk wrote"
+            )
         try:
             found = hub.load_from_disk(self.root)
         except (OSError, ValueError) as error:

@@ -20,7 +20,7 @@ from compress.data._images import (
 )
 from compress.data._pictures import ENDINGS, Pictures
 from compress.data.images import picture_files
-from compress.errors import DataError
+from compress.errors import DataError, absence
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,9 @@ class Imagefolder(Pictures):
             return Source(Subset(images, kept), Subset(images, drawn), classes)
         if train is None or (validation is None and test is None):
             raise DataError(
-                "no such folder" if not root.is_dir() else "lacks its train or its test images",
+                absence(root, "folder")
+                if not root.is_dir()
+                else "lacks its train or its test images",
                 where=str(root),
                 expected="the folders train and val, validation or test, or a folder for each "
                 "class",

@@ -11,7 +11,7 @@ import numpy as np
 from compress.data import Source, usual
 from compress.data._images import Names, every_fourth_held_out, file_images, files_below
 from compress.data._pictures import ENDINGS, Pictures
-from compress.errors import DataError
+from compress.errors import DataError, absence
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Images(Pictures):
             raise DataError(
                 f"holds {'one picture' if files else 'no pictures'}"
                 if root.exists()
-                else "no such file or folder",
+                else absence(root, "folder"),
                 where=str(root),
                 expected=f"at least 2 pictures: *{', *'.join(sorted(ENDINGS))}",
             )

@@ -15,7 +15,7 @@ from compress.data._images import SPLITS, LabelledImages, files_below, with_test
 from compress.data._pictures import ENDINGS, Pictures, Rule
 from compress.data._targets import VOID, mask_classes, mask_values
 from compress.data._targets import FittedMasks as MaskFiles
-from compress.errors import DataError, UsageError
+from compress.errors import DataError, UsageError, absence
 
 Pairs = Sequence[tuple[Path, Path]]  # of image and mask
 MASKS = ("masks", "labels", "annotations")  # folders that hold them, by what people call them
@@ -65,6 +65,10 @@ class Masks(Pictures):
                 mask does not fit.
         """
         root = Path(self.root)
+        if not root.is_dir():
+            raise DataError(
+                absence(root, "folder"), where=str(root), expected="train/images, train/masks"
+            )
         train, validation, test = (
             self._pairs(root, *(name for name, meant in SPLITS.items() if meant == part))
             for part in ("train", "validation", "test")
@@ -132,7 +136,9 @@ def masked_source(
         DataError: there are no images, a mask is missing, or the numbers in them are no classes.
     """
     train, validation, test = with_test(train, validation, test)
-    names = tuple(classes or map(str, values or ())) or _counted(train, void)
+    names = tuple(classes or map(str, values or ())) or _counted(
+        train, void, told=hasattr(kind, "void")
+    )
     numbers = tuple(values or range(len(names)))
 
     def images(pairs: Pairs) -> LabelledImages:
@@ -148,8 +154,11 @@ def masked_source(
     )
 
 
-def _counted(pairs: Pairs, void: int | None) -> tuple[str, ...]:
-    """Return numbers as names of the classes that occur in the masks, or in a sample of many."""
+def _counted(pairs: Pairs, void: int | None, *, told: bool) -> tuple[str, ...]:
+    """Return numbers as names of the classes that occur in the masks, or in a sample of many.
+
+    ``told`` says that the kind of data has options for what numbers mean, which messages name.
+    """
     first: dict[int, str] = {}
     for _, file in pairs[:: -(-len(pairs) // SAMPLED)]:
         for value in np.unique(mask_values(file)).tolist():
@@ -163,4 +172,8 @@ def _counted(pairs: Pairs, void: int | None) -> tuple[str, ...]:
             fix=f"If {void} is a class, say so: data: {{masks: {{values: {[*first, void]}, void: "
             "null}}",
         )
-    return mask_classes(first, f", or their numbers in the files: values: {sorted(first)}")
+    options = (
+        f", or their numbers in the files: values: {sorted(first)}, or the one that counts for "
+        f"nothing: void: {max(first, default=0)}"
+    )
+    return mask_classes(first, options if told else "")

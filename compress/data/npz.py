@@ -14,7 +14,7 @@ from compress.artifact import check_zip
 from compress.data import Source, usual
 from compress.data._images import MemoryImages, every_fourth_held_out, from_array
 from compress.data._pictures import ImageSize
-from compress.errors import DataError, boundary
+from compress.errors import DataError, absence, boundary
 
 MOST_CLASSES = 2**20
 REQUIRED = ("x_train", "y_train", "x_test", "y_test")
@@ -155,7 +155,7 @@ def locate(path: Path) -> Path:
     found = sorted(path.glob("*.npz")) if path.is_dir() else []
     if len(found) != 1:
         raise DataError(
-            f"holds {len(found)} archives" if path.is_dir() else "no such file or folder",
+            f"holds {len(found)} archives" if path.is_dir() else absence(path, "file or folder"),
             where=str(path),
             expected="an .npz file, or a folder with one in it",
         )

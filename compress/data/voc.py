@@ -11,9 +11,10 @@ from typing import ClassVar
 from compress.data import Source
 from compress.data._annotated import Annotation, BoxedPictures, read_list
 from compress.data.masks import masked_source
-from compress.errors import DataError
+from compress.errors import DataError, absence
 
 ENDINGS = (".jpg", ".jpeg", ".png")
+LAYOUT = "ImageSets/Main/train.txt beside Annotations and JPEGImages"
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,14 @@ class Voc(BoxedPictures):
                 invalid; the message names file and line.
         """
         root = Path(self.root)
+        if not root.is_dir():
+            raise DataError(absence(root, "folder"), where=str(root), expected=LAYOUT)
         lists = root / "ImageSets" / ("Segmentation" if self.labels == "masks" else "Main")
         if not (lists / f"{self.split}.txt").is_file():
             raise DataError(
                 f"has no list of images for {self.split!r}",
                 where=str(lists / f"{self.split}.txt"),
-                expected="ImageSets/Main/train.txt beside Annotations and JPEGImages",
+                expected=LAYOUT,
             )
         if self.labels == "masks":
             parts = [

@@ -12,7 +12,7 @@ from compress.data import Source
 from compress.data._annotated import Annotation, BoxedPictures
 from compress.data._images import files_below
 from compress.data._pictures import ENDINGS
-from compress.errors import DataError
+from compress.errors import DataError, absence
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Yolo(BoxedPictures):
                 and line.
         """
         file = Path(self.root)
+        if not file.is_file():
+            raise DataError(absence(file), where=str(file), expected="a data.yaml of YOLO")
         try:
             content = yaml.safe_load(file.read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError) as error:
@@ -62,7 +64,12 @@ def _files(base: Path, given: Any, where: Path) -> list[Path]:
     if place.is_file():
         lines = place.read_text(encoding="utf-8").split("\n")
         return [place.parent / line.strip() for line in lines if line.strip()]
-    raise DataError("no such folder or list of images", where=str(place), fix=f"Correct {where}")
+    raise DataError(
+        absence(place, "file or folder"),
+        where=str(place),
+        expected="a folder or a list of images",
+        fix=f"Correct {where}",
+    )
 
 
 def _annotation(image: Path, names: list[str]) -> Annotation:

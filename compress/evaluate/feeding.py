@@ -23,6 +23,7 @@ from compress.runtimes import Session, TensorSpec, build_record, open_session
 
 FACTS = ("image_size", "channels", "mean", "std", "color", "layout")
 ONNX_NAME = "model.onnx"  # in a stage's folder
+SETTINGS = "the data's settings"
 
 
 def artifact_facts(path: Path) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def completed(settings: DataSettings, paths: Iterable[Path]) -> DataSettings:
     known |= {key: settings.options[key] for key in FITTING if key in settings.options}
     in_unit_range = zip(("mean", "std"), given_normalization(settings), strict=True)
     known |= {key: value for key, value in in_unit_range if value is not None}
-    said_by: dict[str, str] = dict.fromkeys(known, "the data's settings")
+    said_by: dict[str, str] = dict.fromkeys(known, SETTINGS)
     found: dict[str, Any] = {}
     readable = plugins.options("data", settings.name)
     usual: Sequence[int] | None = None
@@ -195,13 +196,13 @@ def _check_same(key: str, own: Any, said: Any, by: str, path: Path) -> None:
         said = tuple(said)
     if _same(own, said):
         return
-    option = key.replace("_", "-")
+    fix = f"Leave --{key.replace('_', '-')} out to use the file's"
+    if key not in ("image_size", "layout", "channels"):
+        fix += ", or write the file again"
+    if by != SETTINGS:
+        fix = "The same images are fed to all of them: give files that take the same input"
     raise UsageError(
-        f"{key} is {shown(own)} by {by}, and {shown(said)} by the file",
-        where=str(path),
-        fix=f"Leave --{option} out to use the file's, or write the file again"
-        if key not in ("image_size", "layout", "channels")
-        else f"Leave --{option} out to use the file's",
+        f"{key} is {shown(own)} by {by}, and {shown(said)} by the file", where=str(path), fix=fix
     )
 
 

@@ -22,7 +22,7 @@ from onnx import (
 )
 
 from compress.artifact import is_utf8, make_folder, replacing, state_of
-from compress.errors import EngineError, boundary, unreadable
+from compress.errors import EngineError, absence, boundary, unreadable
 from compress.graph.lenient import sort_nodes, write_plainly
 from compress.graph.metadata import layout_of, picture_input, stamp
 from compress.graph.model import bodies, graphs_in
@@ -120,7 +120,7 @@ def _checked(path: str | Path) -> _Checked:
 
 def _parse(path: Path) -> ModelProto:
     if not path.is_file():
-        raise EngineError("no such file", where=str(path), expected="an ONNX file")
+        raise EngineError(absence(path), where=str(path), expected="an ONNX file")
     if not is_utf8(path):
         raise EngineError("has a name that is not UTF-8", where=str(path), fix="Rename it")
     try:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from compress.errors import ExportError
 
 OUTPUT = "detections"
+CANDIDATES = 3000  # that are looked at first: they mostly hold all that is kept
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Nms:
     max_boxes: int = 100  # of an image, the best; fewer are filled up with zeros
 
     def of(self, head: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-        """Return boxes (M, 4) as x1, y1, x2, y2, scores and labels of one image, best first.
+        """Return the best boxes (M, 4) as x1, y1, x2, y2, scores and labels of one image.
 
         Args:
             head: (4 + K, A): centre and size of each box, and the score of each class.
@@ -35,15 +36,32 @@ class Nms:
     def suppressed(
         self, head: NDArray[Any], labels: NDArray[Any], places: NDArray[Any]
     ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-        """Return what ``of`` does, of the boxes at ``places`` (M,) with these labels (M,)."""
-        from torchvision.ops import batched_nms
+        """Return what ``of`` does, of the boxes at ``places`` (M,) with these labels (M,).
 
+        A network that was not trained yet scores all of its places: whether one of the best boxes
+        is kept depends on better ones alone, so that the others are not looked at.
+        """
         scores = head[4:][labels, places].astype(np.float32)
+        order = np.argsort(-scores, kind="stable")
+        labels, places, scores = labels[order], places[order], scores[order]
         centre, size = head[:2, places].T, head[2:4, places].T
         boxes = np.concatenate([centre - size / 2, centre + size / 2], 1).astype(np.float32)
-        given = (torch.from_numpy(each) for each in (boxes, scores, labels))
-        kept = batched_nms(*given, self.iou).numpy()
+        kept, count = np.zeros(0, np.int64), CANDIDATES
+        while len(kept) < self.max_boxes:
+            kept = self._of_first(count, boxes, scores, labels)
+            if count >= len(scores):
+                break
+            count *= 4
+        kept = kept[: self.max_boxes]
         return boxes[kept], scores[kept], labels[kept]
+
+    def _of_first(self, count: int, *boxes_scores_labels: NDArray[Any]) -> NDArray[Any]:
+        """Return which of the first ``count`` boxes are kept, best first."""
+        from torchvision.ops import batched_nms
+
+        given = (torch.from_numpy(each[:count]) for each in boxes_scores_labels)
+        kept: NDArray[Any] = batched_nms(*given, self.iou).numpy()
+        return kept
 
     def rows(self, heads: NDArray[Any]) -> NDArray[np.float32]:
         """Return (B, M, 6) as the graph does, for heads (B, 4 + K, A)."""

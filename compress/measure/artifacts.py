@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from compress import plugins
 from compress.data import Dataset
-from compress.errors import CompressError, EngineError
+from compress.errors import CompressError, EngineError, absence
 from compress.evaluate import of_task
 from compress.evaluate.feeding import arrays_for
 from compress.measure.latency import Bench, Timing, bench
@@ -62,7 +62,9 @@ def runtime_of(path: Path) -> str:
         EngineError: it does not exist.
     """
     if not path.exists():
-        raise EngineError("no such file", where=str(path), expected="an ONNX file or an engine")
+        raise EngineError(
+            absence(path, "file or folder"), where=str(path), expected="an ONNX file or an engine"
+        )
     return kind_of(path) or DEFAULT
 
 

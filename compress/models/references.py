@@ -14,8 +14,15 @@ from typing import Any
 
 from torch import nn
 
-from compress.errors import CompressError, ModelError, UnknownNameError, UsageError, nearest
-from compress.models.weights import of_other_classes
+from compress.errors import (
+    CompressError,
+    ModelError,
+    UnknownNameError,
+    UsageError,
+    absence,
+    nearest,
+)
+from compress.models.weights import ENDINGS, of_other_classes
 from compress.modules.detectors import check_detector
 from compress.packages import require
 from compress.plugins import import_file
@@ -239,11 +246,7 @@ def _known_timm(name: str) -> ModuleType:
 def _own(reference: str) -> Callable[..., nn.Module]:
     source, _, name = reference.rpartition(":")
     if not source or not name:
-        raise UsageError(
-            f"{reference!r} is no reference to a network",
-            expected="torchvision:NAME, timm:NAME, ultralytics:FILE.yaml, package.module:factory, "
-            "path/file.py:factory, a run or stage folder, or FILE.onnx",
-        )
+        raise _no_reference(reference)
     module = _import_file(Path(source)) if source.endswith(".py") else _import_module(source)
     factory = getattr(module, name, None)
     if not callable(factory):
@@ -251,6 +254,34 @@ def _own(reference: str) -> Callable[..., nn.Module]:
         raise UnknownNameError("network", name, known, where=source)
     found: Callable[..., nn.Module] = factory
     return found
+
+
+def _no_reference(reference: str) -> UsageError:
+    """Return what is wrong with a text that has no colon and names no saved network."""
+    path = Path(reference)
+    if path.is_dir():
+        return UsageError(
+            "is a folder in which no network is saved",
+            where=reference,
+            expected="a run or stage folder, or what compress.save_model wrote",
+        )
+    if path.is_file() and path.suffix == ".py":
+        return UsageError(
+            "is a file of code", where=reference, fix=f"Name the network in it: {reference}:NAME"
+        )
+    if path.is_file() and path.suffix in ENDINGS:
+        return UsageError(
+            "holds weights, which need the code of their network",
+            where=reference,
+            fix=f"Name the network, and the file beside it: FILE.py:NAME --weights {reference} "
+            "(in a recipe model.weights)",
+        )
+    close = absence(path, "file or folder").partition(".")[2]
+    return UsageError(
+        f"{reference!r} is no reference to a network" + (f".{close}" if close else ""),
+        expected="torchvision:NAME, timm:NAME, ultralytics:FILE.yaml, package.module:factory, "
+        "path/file.py:factory, a run or stage folder, or FILE.onnx",
+    )
 
 
 def _import_file(path: Path) -> ModuleType:

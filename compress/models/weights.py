@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from compress import artifact
-from compress.errors import ModelError, boundary, listed, nearest
+from compress.errors import ModelError, absence, boundary, listed, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         ModelError: no such file, not readable, or it needs code to be unpickled.
     """
     if not path.is_file():
-        raise ModelError("no such weight file", where=str(path))
+        raise ModelError(absence(path), where=str(path), expected="a weight file")
     with boundary(ModelError, UNREADABLE, where=str(path), fix=_MADE_BY):
         if path.suffix == ".safetensors":
             state = read_safetensors(path)

@@ -81,8 +81,14 @@ class Trust:
                 f"the training taught the network nothing that shows: {self.untrained}. Train it "
                 "for more epochs, with another learning rate, or on more images."
             )
-        elif self.untrained is not None:
+        elif self.untrained is not None and self.random_pct:
             yield f"the original network is untrained: {self.untrained}. {fix}"
+        elif self.untrained is not None:
+            yield (
+                f"the original network does not beat guessing: {self.untrained}. Train it for "
+                "longer, or check that its images are prepared as in its training and that the "
+                "weights are the right ones."
+            )
         elif self.random_pct:
             yield (
                 f"{self.random_pct:.3g} % of the original's parameters are random values that no "

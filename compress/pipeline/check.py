@@ -10,7 +10,7 @@ from torch import nn
 
 from compress import artifact, evaluate, models, plugins, progress, prune
 from compress.data import Dataset
-from compress.errors import CompressError, MissingPackageError, ModelError, RecipeError
+from compress.errors import CompressError, MissingPackageError, ModelError, RecipeError, absence
 from compress.evaluate.feeding import Fed
 from compress.graph.model import GraphIndex
 from compress.graph.preprocess import prepare, read_onnx
@@ -86,7 +86,7 @@ def _refuse(problems: Sequence[str], where: str) -> None:
 
 
 def _problems(recipe: Recipe) -> Iterator[str]:
-    yield from _complaint("model.name", partial(_check_model, recipe.model.name))
+    yield from _complaint("model.name", partial(check_model, recipe.model.name))
     yield from _missing_weights("model.weights", recipe.model.weights)
     for key in ("weights", "num_classes") if models.is_onnx(recipe.model.name) else ():
         if getattr(recipe.model, key) is not None:
@@ -131,13 +131,13 @@ def _stage_problems(recipe: Recipe, stage: Stage, place: str) -> Iterator[str]:
             yield from _complaint(f"{place}.data", check)
     if stage.distill is not None and stage.distill.teacher is not None:
         teacher, weights = stage.distill.teacher, stage.distill.teacher_weights
-        yield from _complaint(f"{place}.teacher", partial(_check_model, teacher))
+        yield from _complaint(f"{place}.teacher", partial(check_model, teacher))
         yield from _missing_weights(f"{place}.teacher_weights", weights)
 
 
 def _missing_weights(place: str, weights: str | None) -> Iterator[str]:
     if weights is not None and is_weight_file(weights) and not Path(weights).is_file():
-        yield f"{place}: no such file {weights!r}."
+        yield f"{place}: {ModelError(absence(weights), where=weights, expected='a weight file')}"
 
 
 def _data_problems(recipe: Recipe, *, has_network: bool) -> Iterator[str]:
@@ -211,10 +211,15 @@ def _complaint(place: str, check: Callable[[], object]) -> Iterator[str]:
         yield f"{place}: {error}"
 
 
-def _check_model(reference: str) -> None:
+def check_model(reference: str) -> None:
+    """Check that ``reference`` names a network, without building it.
+
+    Raises:
+        CompressError: it does not.
+    """
     if models.is_onnx(reference):
         if not Path(reference).is_file():
-            raise RecipeError(f"no such file {reference!r}")
+            raise RecipeError(absence(reference), where=reference, expected="an ONNX file")
     elif models.model_folder(Path(reference)) is None:
         references.check_reference(reference)
 

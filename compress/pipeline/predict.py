@@ -17,7 +17,7 @@ from compress.data import Dataset, load_pictures
 from compress.data._annotated import image_size
 from compress.data._pictures import Fit, opened_picture, to_8_bit
 from compress.data.images import picture_files
-from compress.errors import CompressError, DataError, UsageError
+from compress.errors import CompressError, DataError, UsageError, absence
 from compress.evaluate import BATCH, answered
 from compress.evaluate.feeding import (
     ONNX_NAME,
@@ -235,7 +235,7 @@ def _pictures(given: Sequence[Path]) -> list[Path]:
         elif path.exists():
             files.append(path)
         else:
-            raise DataError("no such file", where=str(path), expected="a picture")
+            raise DataError(absence(path), where=str(path), expected="a picture")
     return files
 
 

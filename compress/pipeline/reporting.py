@@ -104,7 +104,11 @@ def gates(
             if passed and name == "speedup" and (doubt := _doubt(limit, result)):
                 passed, reason = False, doubt
             if untrained is not None and name not in {"speedup", "size_ratio"}:
-                value, passed, reason = None, False, f"the original is untrained: {untrained}"
+                value, passed, reason = (
+                    None,
+                    False,
+                    f"the original is no fair reference: {untrained}",
+                )
             yield schema.Gate(
                 name=name,
                 limit=limit,
@@ -191,7 +195,7 @@ def _variant(
 
 def _undecided(results: Mapping[str, Sequence[schema.Result]]) -> dict[str, Any]:
     """Return ``results`` without verdicts on accuracy: a network that knows nothing loses none."""
-    said = {"verdict": "the original is untrained"}
+    said = {"verdict": "the original is no fair reference"}
 
     def undecided(row: schema.Result) -> schema.Result:
         update: dict[str, Any] = {}

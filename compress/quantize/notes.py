@@ -103,10 +103,10 @@ def of_judging(
     rows = {n: v for n, v in zip(names, reference, strict=True) if len(v) == images}
     few = {n: count for n, v in rows.items() if (count := bearing_images(v)) < images / _BEARING}
     if few and told:
-        each = ", ".join(f"{name} {count:.1f}" for name, count in few.items())
+        each = ", ".join(f"{name} on {count:.1f}" for name, count in few.items())
         found.append(
-            f"of {images} images few hold what the network looks for, so that the SQNR of these "
-            f"outputs says little (images that it rests on: {each}); give images of its subject"
+            f"the SQNR of an output rests on few of the {images} images and says little ({each}); "
+            "give more images, of what the network is for"
         )
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from compress import plugins
-from compress.errors import RecipeError, UnknownNameError, UsageError, did_you_mean
+from compress.errors import RecipeError, UnknownNameError, UsageError, absence, did_you_mean
 from compress.packages import require
 from compress.recipe.settings import Recipe, Settings, Stage, TrainSettings
 
@@ -72,6 +73,8 @@ def find_recipe(reference: str | Path) -> Path:
     if path.is_file() or path.suffix or len(path.parts) != 1:
         return path
     known = packaged_recipes()
+    if path.name not in known and path.is_dir():
+        return path  # which is refused as what it is
     if path.name not in known:
         raise UnknownNameError("recipe", path.name, known)
     return known[path.name]
@@ -254,20 +257,22 @@ def _values_in(node: yaml.Node, counted: dict[int, float]) -> float:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file() and not path.is_fifo():
+        raise RecipeError(
+            absence(path),
+            where=str(path),
+            expected="a recipe, YAML",
+            fix="Those of the package go by name: compress list recipes",
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        named = "Those of the package go by name: compress list recipes"
-        raise RecipeError(
-            f"the recipe cannot be read: {reason}",
-            where=str(path),
-            fix=named if isinstance(error, FileNotFoundError) else "",
-        ) from None
+        raise RecipeError(f"the recipe cannot be read: {reason}", where=str(path)) from None
     try:
         content = _content(text)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise RecipeError(f"is no valid YAML: {error}", where=str(path)) from None
+        raise RecipeError(f"is no valid YAML: {_fault(error)}", where=str(path)) from None
     if not isinstance(content, dict):
         raise RecipeError(
             f"holds {type(content).__name__}, not a recipe",
@@ -277,11 +282,22 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
+def _fault(error: Exception) -> str:
+    """Return what is wrong with a text, and where, on one line."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return str(error)
+    return f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', '')}"
+
+
 def _step(place: Any, key: str, override: str) -> Any:
     if isinstance(place, list):
-        return place[_index(place, key, override)]
+        number = _index(place, key, override)
+        if isinstance(place[number], str):  # a stage without options: - quantize
+            place[number] = {place[number]: {}}
+        return place[number]
     if not isinstance(place, dict):
-        raise UsageError(f"--set {override}: {key!r} is below a plain value")
+        raise UsageError(f"--set {override}: {key!r} is asked of a plain value, which has no keys")
     if place.get(key) is None:
         place[key] = {}
     return place[key]
@@ -356,6 +372,7 @@ def _explain(path: str, details: ErrorDetails) -> str:
         hint = did_you_mean(str(value), choices) or "."
         return f"{path}: {value!r} is none of the choices{hint} Known: {told}."
     message = details["msg"].removeprefix("Value error, ")
+    message = re.sub(r"a valid dictionary or instance of \w+", "a mapping, {KEY: VALUE}", message)
     for pythons, ours in (("tuple", "list"), ("dictionary", "mapping")):
         message = message.replace(f"a valid {pythons}", f"a {ours}")
     shown = "" if isinstance(value, (dict, list)) or details["type"] == "value_error" else value

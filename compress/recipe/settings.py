@@ -347,7 +347,9 @@ class QuantizeSettings(Settings):
     """How int8 ranges are found and corrected."""
 
     method: str = Field("auto", description="Corrections to make; auto keeps those that help")
-    observer: Plugin | None = Field(None, description="Overrides the method's own choice")
+    observer: Plugin | None = Field(
+        None, description="How ranges are chosen (compress list observers); by the method if absent"
+    )
     samples: int = Field(512, ge=FEWEST_CALIBRATION, description="Calibration images")
     data: DataSettings | None = Field(
         None, description="Where calibration images come from instead: synthetic, or any DATA"

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from compress.artifact import check_file, read_json
-from compress.errors import RunError, first_problem, listed
+from compress.errors import RunError, absence, first_problem, listed
 from compress.packages import DISTRIBUTION
 from compress.report.charts import learning_curves
 from compress.report.run_folder import (
@@ -47,7 +47,7 @@ def read_run(folder: Path | str) -> Report:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise RunError("there is no such folder", where=str(folder), expected="a run folder")
+        raise RunError(absence(folder, "folder"), where=str(folder), expected="a run folder")
     is_run = (folder / RUN_FILE).is_file()
     if is_run:
         check_schema(read_json(folder / RUN_FILE), folder / RUN_FILE)

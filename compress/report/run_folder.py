@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from compress import artifact, progress
 from compress.artifact import Artifact
-from compress.errors import RunError
+from compress.errors import RunError, absence
 from compress.recipe.loading import dump, from_anywhere, to_json
 from compress.recipe.settings import Recipe
 
@@ -103,7 +103,8 @@ class RunFolder:
         """
         if not (self.root / RUN_FILE).is_file():
             expected = f"a folder with {RUN_FILE}"
-            raise RunError("holds no run", where=str(self.root), expected=expected)
+            what = "holds no run" if self.root.is_dir() else absence(self.root, "folder")
+            raise RunError(what, where=str(self.root), expected=expected)
         return _record(self.root / RUN_FILE, "Start over with --fresh, or give another folder")
 
     def write_description(self, content: Mapping[str, Any]) -> None:

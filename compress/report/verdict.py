@@ -180,7 +180,8 @@ def _size(report: Report, variant: Variant, result: Result) -> str:
 def _accuracy(report: Report, variant: Variant, before: Result, after: Result) -> str:
     if report.untrained is not None:
         return (
-            f"; its accuracy says nothing, because the original is untrained ({report.untrained})"
+            "; its accuracy says nothing, because the original is no fair reference "
+            f"({report.untrained})"
         )
     measured = accuracy_of(variant, after)
     change, name = measured.change, measured.title_of(measured.primary or "top-1")

@@ -21,7 +21,7 @@ import numpy as np
 
 from compress import plugins
 from compress.artifact import check_other_file, read_json, sha256, write_json
-from compress.errors import EngineError, UsageError
+from compress.errors import EngineError, UsageError, absence
 from compress.graph import files
 from compress.graph.metadata import input_facts
 from compress.runtimes._session import BuildRequest, CheckedSession, Opens, RawSession, TensorSpec
@@ -248,7 +248,7 @@ def check_kind(path: Path, runtime: str) -> None:
         EngineError: it is absent, or an engine of another runtime; the message says which.
     """
     if not path.exists():
-        raise EngineError("no such file", where=str(path))
+        raise EngineError(absence(path, "file or folder"), where=str(path))
     built_for = kind_of(path)
     if built_for is not None and built_for != runtime:
         thing = "a stage folder, for" if path.is_dir() else "an engine of"

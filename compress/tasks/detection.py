@@ -39,8 +39,9 @@ from compress.tasks._plain_answers import (
 
 IOUS = np.linspace(0.5, 0.95, 10)
 QUERIES = (
-    "Classes and boxes of queries, as DETR gives them in shares of the image, are not read: scale "
-    "them in the network, or give an own task: task: path/file.py:Class"
+    "Boxes and scores in outputs of their own, as SSD heads, face detectors and DETR give them, "
+    "are not read: join them in the network to centre and size in pixels, then scores, or give an "
+    "own task: task: path/file.py:Class"
 )
 OTHER_ROWS = (
     "Build the network for the classes of the data. Instance masks, key points and rotated boxes, "

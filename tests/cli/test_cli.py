@@ -451,7 +451,7 @@ def test_an_interrupted_run_ends_with_130_and_says_how_to_go_on(compress, monkey
     monkeypatch.setattr(pipeline, "run", interrupted)
     code, _, err = compress("run", recipe())
     assert code == 130
-    assert "the same command continues where it stopped" in err
+    assert "a run goes on where it stopped: give the same command" in err
 
 
 @pytest.mark.parametrize(

@@ -330,3 +330,51 @@ def test_a_folder_that_is_not_there_is_a_sentence(tmp_path, compress):
     code, out, err = compress("init", tmp_path / "nowhere", "--yes")
     assert (code, out) == (2, "")
     assert "nowhere: no such folder. Expected the folder where network, weights and images" in err
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [("nope.py:Net", "nope.py: no such file"), ("net.py:Smal", "Did you mean 'Small'?")],
+)
+def test_a_network_that_is_not_there_is_told_once_and_before_images_are_read(
+    here, compress, model, said
+):
+    torch.save(load_model("net.py:wide").state_dict(), "trained.pt")
+    Path("data/photos/dark/0.png").write_bytes(b"no picture")
+    code, out, err = compress("init", "--model", model)
+    assert (code, out) == (2, "")
+    assert err.count(said) == 1 and err.count("\n") == 1
+    assert not Path("compress.yaml").exists()
+
+
+def test_a_network_that_cannot_be_built_is_told_once(here, compress):
+    torch.save(load_model("net.py:wide").state_dict(), "trained.pt")
+    code, _, err = compress("init", "--model", "net.py:Part", "--image-size", "20")
+    assert code == 2 and err.count("cannot be built") == 1 and "not used" not in err
+
+
+BOX = "<object><name>cell</name><bndbox><xmin>{}</xmin><ymin>4</ymin><xmax>9</xmax><ymax>9</ymax></bndbox></object>"  # noqa: E501 - one line of XML
+
+
+def test_boxes_that_are_none_are_left_out_and_told(tmp_path, monkeypatch, compress):
+    monkeypatch.chdir(tmp_path)
+    for part in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (tmp_path / "cells" / part).mkdir(parents=True)
+    names = [str(number) for number in range(24)]
+    for name in names:
+        Image.new("RGB", (64, 64), (int(name), 0, 0)).save(f"cells/JPEGImages/{name}.jpg")
+        boxes = BOX.format(3) + (BOX.format(9) if name == "7" else "")  # of no width
+        Path(f"cells/Annotations/{name}.xml").write_text(f"<annotation>{boxes}</annotation>")
+    for part, chosen in (("train", names[:16]), ("val", names[16:20]), ("test", names[20:])):
+        Path(f"cells/ImageSets/Main/{part}.txt").write_text("\n".join(chosen))
+    arguments = ("--model", "compress.models.detector:detector", "--image-size", "64")
+    code, out, err = compress("init", *arguments)
+    assert code == 0, err
+    assert "task detection" in out
+    assert "7.xml" in err and "has no area. The recipe leaves such boxes out" in err
+    recipe = load_recipe("compress.yaml")
+    assert recipe.data.options == {"invalid": "drop"}
+    code, _, err = compress(
+        "init", "--data", "voc:root=cells,invalid=refuse", *arguments, "--force"
+    )
+    assert code == 2 and "has no area" in err

@@ -244,6 +244,7 @@ def test_scores_of_classes_agree_without_labels(compress, tmp_path, pictures):
         (("--input-range", "255,0"), "black below white"),
         (("--input", "threshold"), "NAME=0.5"),
         (("--set", "gates.metric_drop=1"), "the images have no labels. Use gates.agreement_pct"),
+        (("--task", "detection"), "task detection does not fit the network's outputs: maps"),
     ],
 )
 def test_what_cannot_be_right_is_told_before_any_work(

@@ -2,9 +2,11 @@
 
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 import typer
+from PIL import Image
 
 from compress.cli import app
 from compress.cli.options import _content, model_options
@@ -82,6 +84,14 @@ SIZE = "Expected: Side of the network's input, or height and width, pixels."
         (
             {"data": {"name": "digits", "image_size": [3, 32]}},
             ["r: data.image_size[0]: 3: Input should be greater than or equal to 4."],
+        ),
+        (
+            {"model": "a.b:c"},
+            ["r: model: 'a.b:c': Input should be a mapping, {KEY: VALUE}."],
+        ),
+        (
+            {"targets": ["openvino"]},
+            ["r: targets[0]: 'openvino': Input should be a mapping, {KEY: VALUE}."],
         ),
         ({"data": {"name": "digits", "mean": 0}}, ["r: data.mean: 0: Input should be a list."]),
         (
@@ -206,3 +216,90 @@ def test_a_shell_completes_commands_and_names(words, completed):
         text=True,
     )
     assert done.stdout.split() == completed, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["predict", "x.onnx"],
+            "compress: predict: Missing argument 'images'. Expected pictures, or folders of them. "
+            "See: compress predict --help.\n",
+        ),
+        (
+            ["distill", "a.b:c", "--data", "digits"],
+            "compress: distill: Missing option '--teacher'. Expected network to distill from, "
+            "written as the first is. See: compress distill --help.\n",
+        ),
+        (["prune", "a.b:c", "--keepmacs", "1"], "No such option: --keepmacs (Possible options: "),
+        (["prunee"], "compress: No such command 'prunee'"),
+    ],
+)
+def test_a_wrong_command_line_is_told_in_a_sentence(compress, arguments, said):
+    code, out, err = compress(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("compress: ") and said in err and err.count("\n") == 1
+
+
+def test_no_command_is_answered_by_the_help(compress):
+    code, out, err = compress()
+    assert code == 2 and "compress: " not in out + err
+    assert "Prune, distill and quantize" in out + err
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ("photos", "--data photos: is a folder, and its kind is not said. Expected KIND:PLACE. "
+                   "Did you mean --data imagefolder:photos?"),
+        ("empty", "See: compress list data."),
+        ("t.csv", "--data t.csv: is a file, and its kind is not said. Expected KIND:PLACE. Did you "
+                  "mean --data csv:t.csv?"),
+        ("own.py", "Did you mean --data own.py:NAME?"),
+        ("imagefolder:phtos", "phtos: no such folder. Did you mean 'photos'?"),
+        ("imagefolder:t.csv", "t.csv: is a file, not a folder. Expected the folders train and"),
+        ("voc:phtos", "phtos: no such folder. Did you mean 'photos'? Expected ImageSets"),
+        ("masks:phtos", "phtos: no such folder. Did you mean 'photos'? Expected train/images"),
+        ("csv:photos", "photos: is a folder, not a file. Expected a table"),
+        ("yolo:photos", "photos: is a folder, not a file. Expected a data.yaml"),
+    ],
+)  # fmt: skip
+def test_data_that_is_not_there_is_told_with_what_lies_there(
+    tmp_path, monkeypatch, compress, data, said
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("ants", "bees"):
+        Path("photos", name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(Path("photos", name, "1.png"))
+    Path("empty").mkdir()
+    for name in ("t.csv", "own.py"):
+        Path(name).touch()
+    code, _, err = compress("prune", "compress.models.cifar:resnet8", "--data", data)
+    assert code == 2 and said in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("net.py", "net.py: is a file of code. Name the network in it: net.py:NAME."),
+        ("net.pt", "net.pt: holds weights, which need the code of their network."),
+        ("photos", "photos: is a folder in which no network is saved. Expected a run or stage"),
+        ("phtos", "'phtos' is no reference to a network. Did you mean 'photos'? Expected torch"),
+    ],
+)
+def test_what_is_no_network_is_told_as_what_it_is(tmp_path, monkeypatch, compress, model, said):
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    for name in ("net.py", "net.pt"):
+        Path(name).touch()
+    code, _, err = compress("sparsify", model, "--data", "digits")
+    assert code == 2 and said in err and "keep_weights" not in err
+
+
+def test_options_are_shown_as_a_recipe_has_them(compress):
+    _, out, _ = compress("show", "stages/train")
+    assert "augment (default {crop_padding: 0, flip: false, " in out
+    assert "ema (default null)" in out and "optimizer (default sgd)" in out
+    _, out, _ = compress("show", "data/voc")
+    assert "resize: null (short side, squash, letterbox or null)" in out
+    assert "labels: boxes (text)" in out and "root: required (text)" in out

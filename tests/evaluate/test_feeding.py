@@ -116,6 +116,12 @@ def test_what_contradicts_the_file_is_refused(tmp_path, given, message):
         completed(DataSettings(name="images", root="x", **given), [path])
 
 
+def test_files_that_take_other_images_are_not_judged_together(tmp_path):
+    paths = [graph(tmp_path / f"{n}.onnx", ["n", n, n, 3]) for n in (12, 16)]
+    with pytest.raises(UsageError, match=r"12,12 by .*12.onnx, and 16,16 by .* The same images"):
+        completed(DataSettings(name="images", root="x"), paths)
+
+
 def test_what_says_the_same_in_other_units_is_taken(tmp_path):
     path = graph(tmp_path / "x.onnx", ["n", 3, 8, 8], facts={"mean": [0.5] * 3, "std": [0.5] * 3})
     settings = DataSettings(

@@ -102,3 +102,33 @@ def test_nms_behind_something_else_is_refused(tmp_path) -> None:
     with pytest.raises(ExportError, match="NMS takes boxes and scores"):
         compress.export_onnx(Classifier(), IMAGES[:1], tmp_path / "x.onnx", nms=Nms())
     assert not (tmp_path / "x.onnx").exists()
+
+
+@pytest.mark.parametrize("spread", [30.0, 400.0])  # few boxes are kept of the first, or many
+def test_the_best_boxes_are_those_of_torch_and_not_all_candidates_are_looked_at(
+    monkeypatch, spread
+):
+    from torchvision import ops
+
+    rng = np.random.default_rng(0)
+    places, classes = 6000, 3
+    head = rng.uniform(0, spread, (4 + classes, places)).astype(np.float32)
+    head[2:4] = rng.uniform(8, 30, (2, places))
+    ranks = rng.permutation(classes * places).reshape(classes, places)
+    head[4:] = (ranks + 1000) / ranks.size / 2  # no two alike: torch leaves their order open
+    low, high = head[:2] - head[2:4] / 2, head[:2] + head[2:4] / 2
+    boxes, scores = np.concatenate([low, high]).T.copy(), head[4:].max(0)
+    labels, original, seen = head[4:].argmax(0), ops.batched_nms, []
+    given = (torch.from_numpy(each) for each in (boxes, scores, labels))
+    kept = original(*given, 0.3).numpy()[:100]
+
+    def counting(boxes, *others):
+        seen.append(len(boxes))
+        return original(boxes, *others)
+
+    monkeypatch.setattr(ops, "batched_nms", counting)
+    found = Nms(iou=0.3).of(head)
+    for mine, theirs in zip(found, (boxes[kept], scores[kept], labels[kept]), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    assert len(found[1]) == 100 or seen[-1] >= places
+    assert seen[0] == 3000

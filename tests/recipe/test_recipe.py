@@ -107,14 +107,15 @@ def test_impossible_recipes_are_refused(write, change, message):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(RecipeError, match=r"cannot be read: No such file.*compress list recipes"):
+    with pytest.raises(RecipeError, match=r"no such file.*compress list recipes"):
         loading.load_recipe(tmp_path / "none.yaml")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: [", "is no valid YAML"),
+        ("a: [", "is no valid YAML: line 1, column 5: expected"),
+        ("a: 1\n\tb: 2", "is no valid YAML: line 2, column 1: found character"),
         ("- 1", "holds list, not a recipe"),
         ("seed: 1\nseed: 2", "the key 'seed' is given twice"),
         ("data: {image_size: 1000000}", "image_size: 1000000: Input should be less than or equal"),
@@ -126,6 +127,17 @@ def test_what_is_no_recipe_is_refused(write, text, message):
     with pytest.raises(RecipeError) as caught:
         loading.load_recipe(write(text))
     assert message in str(caught.value)
+
+
+def test_overrides_give_options_to_a_stage_that_has_none(write):
+    path = write(GOOD | {"stages": ["finetune", {"quantize": None}]})
+    loaded = loading.load_recipe(
+        path, ["stages.0.finetune.epochs=3", "stages[1].quantize.samples=9"]
+    )
+    assert loaded.stages[0].settings.epochs == 3
+    assert loaded.stages[1].settings.samples == 9
+    with pytest.raises(RecipeError, match="here: finetune, prune"):
+        loading.load_recipe(path, ["stages.0.prune.samples=9"])
 
 
 def test_overrides_reach_into_lists_and_make_missing_parts(write):
@@ -142,7 +154,7 @@ def test_overrides_reach_into_lists_and_make_missing_parts(write):
     [
         ("seed", "is not an assignment. Expected KEY.PATH=VALUE"),
         ("stages.9.prune.keep_macs=1", "the list has no item '9'. Expected a number from 0 to 2"),
-        ("model.name.x.y=1", "'x' is below a plain value"),
+        ("model.name.x.y=1", "'x' is asked of a plain value"),
     ],
 )
 def test_overrides_that_lead_nowhere_are_refused(write, override, message):

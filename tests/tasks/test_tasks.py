@@ -257,7 +257,9 @@ def test_scores_of_queries_are_no_boxes(classes, names):
     """As DETR gives them: of six classes, or of seven queries, they had the shape of boxes."""
     task = load_task("detection", classes=tuple("abcdef"[:classes]))
     outputs = dict(zip(names, (np.zeros((2, 7, classes)), np.zeros((2, 7, 4))), strict=True))
-    with pytest.raises(EngineError, match=r"\(2, 7, 4\).*as DETR gives them.*task: path/file"):
+    with pytest.raises(
+        EngineError, match=r"\(2, 7, 4\).*Boxes and scores in outputs of their own.*task: path/file"
+    ):
         task.predict(outputs)
 
 

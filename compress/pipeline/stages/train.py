@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from compress import measure, models
-from compress.errors import CompressError, ModelError
+from compress.errors import CompressError, ModelError, absence
 from compress.evaluate.feeding import Fed
 from compress.graph import files
 from compress.pipeline import cautions
@@ -98,7 +98,7 @@ def distill_student(
 
 def _original_onnx(context: RunContext, source: Path, stage: Path) -> StageResult:
     if not source.is_file():
-        raise ModelError("no such file", where=str(source))
+        raise ModelError(absence(source), where=str(source))
     target = stage / ONNX_FILE
     files.copy(source, target, facts=run_facts(context), sizes=context.recipe.model.input_size)
     facts: dict[str, Any] = {}

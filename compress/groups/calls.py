@@ -8,6 +8,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import functools
+import itertools
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -25,9 +26,12 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-WHOLE = frozenset(  # followed as one op each
-    words("scaled_dot_product_attention lstm gru rnn_tanh rnn_relu quantile nanquantile")
-)
+WHOLE: Mapping[str, tuple[str, ...]] = {  # followed as one op each: names of tensors it takes
+    "scaled_dot_product_attention": words("query key value"),
+    "local_response_norm": words("input"),
+    **dict.fromkeys(words("quantile nanquantile"), words("input")),
+    **dict.fromkeys(words("lstm gru rnn_tanh rnn_relu"), ()),
+}
 MAKERS = frozenset(("tensor", "as_tensor", "new_tensor"))  # of numbers: followed as one op each
 TAKERS = frozenset(("tolist", "numpy", "__array__"))  # they give values that are no tensors
 
@@ -73,7 +77,7 @@ _SHAPE_OPS = frozenset(
         "constant_pad_nd native_group_norm native_layer_norm zeros ones full empty rand "
         "randn new_zeros new_ones new_full new_empty arange empty_strided "
         "new_empty_strided unsafe_split unsafe_split_with_sizes as_strided narrow unfold "
-        "select linspace unbind torchvision::deform_conv2d"
+        "select linspace unbind slice_scatter torchvision::deform_conv2d"
     )
 )
 
@@ -294,5 +298,8 @@ class FollowedCalls(WatchedCalls):
             return _rms_norm(*args, **kwargs)
         if (name := whole_name(func, args)) is None:
             return self.inside(func, args, kwargs)
+        rest = dict(kwargs)  # rules and the masked reference look for tensors among positions
+        by_name = itertools.takewhile(rest.__contains__, WHOLE.get(name, ())[len(args) :])
+        args = (*args, *(rest.pop(key) for key in list(by_name)))
         with self._ops.inside_whole():
-            return self._ops.whole(name, func, args, kwargs)
+            return self._ops.whole(name, func, args, rest)

@@ -118,6 +118,9 @@ class TraceRecord:
     touched: dict[str, None] = field(default_factory=dict)  # tensors of the model, in order of use
     indexed: dict[str, Labels] = field(default_factory=dict)  # buffer -> channels it picks from
     occurrences: dict[str, int] = field(default_factory=dict)
+    guessed: set[Key] = field(
+        default_factory=set
+    )  # ops whose plain numbers may be shares of widths
 
 
 @functools.cache
@@ -144,6 +147,22 @@ def program_place() -> Place:
             break
         frame = frame.f_back
     return innermost or ("", 0)
+
+
+_ROUNDING = frozenset(("int", "round", "floor", "ceil", "trunc"))
+
+
+def rounds_numbers() -> bool:
+    """Say whether the program that runs now, or what called it, makes whole numbers of others.
+
+    ``int(x.shape[1] / 2)`` is a plain number, and cannot be told from one that is written there.
+    """
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "run_traced":
+        if not _is_foreign(frame.f_code) and not _ROUNDING.isdisjoint(frame.f_code.co_names):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def place_of(error: BaseException) -> Place:

@@ -63,6 +63,7 @@ class Constraints:
         self.produced: list[Labels] = []
         self.choices: list[tuple[Alternative, Alternative]] = []
         self.uses: list[AttributeUse] = []
+        self.as_many: Pairs = []
 
     def fresh(self, count: int) -> Labels:
         """Return ``count`` labels that nothing else carries yet."""
@@ -74,6 +75,13 @@ class Constraints:
         """Tie two equally long rows of labels together, position by position."""
         if first is not second:
             self.pairs.append((first, second))
+
+    def count_alike(self, first: Labels, second: Labels) -> None:
+        """Let two equally long rows keep equally many: tied, unless they are the same channels.
+
+        Those of a shuffle are, in another order.
+        """
+        self.as_many.append((first, second))
 
     def tie(self, rows: Labels) -> None:
         """Tie the same positions of all ``rows`` together, (rows, positions)."""
@@ -95,6 +103,9 @@ class Constraints:
     def solve(self) -> Components:
         """Merge all labels; grouped convolutions get the alternative that leaves most to cut."""
         count, of = _merge(self.size, _stack(self.pairs))
+        unlike = [(a, b) for a, b in self.as_many if (np.sort(of[a]) != np.sort(of[b])).any()]
+        if unlike:
+            count, of = _merge(self.size, _stack([*self.pairs, *unlike]))
         chosen = self._choose(of, count)
         pairs = [(of[a], of[b]) for choice in chosen for a, b in choice.pairs]
         merged, onto = _merge(count, _stack(pairs))

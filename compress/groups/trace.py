@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from numbers import Number
 from typing import Any
@@ -89,7 +89,8 @@ def trace(
             mismatch = traced.probe(number)
         if mismatch is None or not traced.groups:
             break
-        distrusted[traced.culprit(mismatch, distrusted)] = mismatch.why
+        key = traced.culprit(mismatch, {key for key, why in distrusted.items() if why})
+        distrusted[key] = "" if traced.is_guess(key, distrusted) else mismatch.why
     else:
         raise PlanError("the network's program depends on channel counts in too many places")
     network = traced.network
@@ -277,7 +278,11 @@ class _Traced:
                 frozen[layer_name(name)] = "it does not run on the example input"
         return frozen
 
-    def culprit(self, mismatch: MismatchError, known: Mapping[Key, str]) -> Key:
+    def is_guess(self, key: Key, distrusted: Mapping[Key, str]) -> bool:
+        """Say whether an op went wrong whose plain numbers were taken for shares of a width."""
+        return key not in distrusted and any(key in forward.guessed for forward in self._forwards)
+
+    def culprit(self, mismatch: MismatchError, known: Container[Key]) -> Key:
         """Return the op to freeze: where it went wrong, or the last before it not yet frozen."""
         steps = self._forwards[mismatch.forward].steps[: mismatch.step + 1]
         for step in reversed(steps):

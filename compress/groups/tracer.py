@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ from compress.groups.forward import (
     TraceRecord,
     here,
     program_place,
+    rounds_numbers,
 )
 from compress.groups.labels import Axes, Axis, Constraints, Labels
 from compress.groups.network import AttributeUse, Positions, Reduction
@@ -39,6 +41,7 @@ from compress.groups.traced_ints import Attribute, TracedDimension, TracedInt
 Memory = tuple[int, tuple[int, ...]]
 Loose = tuple[Labels, str]  # channels that a tensor is made of, or numbers, and how
 _SHAPE = torch.Tensor.shape
+_MOST_PARTS = 8  # of which a program takes a share by a rounded number
 
 Rule = Callable[["Tracer", Call], None]
 RULES: dict[str, Rule] = {}  # by op; what the modules in compress.groups.rules register
@@ -61,7 +64,8 @@ class Tracer(WatchedOps):
     """Runs every op on the meta device and lets its rule pass labels from inputs to outputs.
 
     ``named`` are the tensors of the model with their names and labels, ``distrusted`` ops whose
-    channels must stay, and why, ``constants`` the values of buffers of whole numbers.
+    channels must stay, and why ("": whose numbers are fixed), ``constants`` the values of buffers
+    of whole numbers.
     """
 
     def __init__(
@@ -208,6 +212,19 @@ class Tracer(WatchedOps):
         """Note that ``count``, where it is an attribute, must follow ``labels``."""
         use = self.use_attribute(count, labels)
         self.constraints.uses.extend([use] if use else [])
+
+    def share(self, call: Call, size: int, *counts: int) -> int:
+        """Return of how many equal parts of ``size`` plain numbers may count some; 0 if of none.
+
+        In a program that rounds, they may follow from the width, as ``int(width / 2)`` does. The
+        replay shows whether they do; if not, the op is met again with numbers that are fixed.
+        """
+        key = (call.name, *program_place())
+        parts = size // math.gcd(size, *counts)
+        if key in self._distrusted or not 1 < parts <= _MOST_PARTS or not rounds_numbers():
+            return 0
+        self.record.guessed.add(key)
+        return parts
 
     def picked(self, axis: Axis, numbers: Tensor) -> Axis:
         """Return the labels of the channels that ``numbers`` picks; None if all must stay.

@@ -1,4 +1,4 @@
-"""Normalizations that programs write themselves, limits on weights and padding that wraps."""
+"""Operations that programs seldom use: between two convolutions, each is followed."""
 
 from __future__ import annotations
 
@@ -76,6 +76,77 @@ class LimitedInPlace(nn.Conv2d):
         return super().forward(x)
 
 
+class ResponseByPool(nn.Module):
+    """A local response normalization by an average over neighbours, as ports of Caffe write it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.average = nn.AvgPool3d((5, 1, 1), stride=1, padding=(2, 0, 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = self.average(x.pow(2).unsqueeze(1)).squeeze(1)
+        return x / (1 + mean).pow(0.75)
+
+
+def without_negatives(x: Tensor) -> Tensor:
+    x = x.clone()
+    x[x < 0] = 0
+    return x
+
+
+def with_rows_written(x: Tensor) -> Tensor:
+    x = x.clone()
+    x[:, :, torch.tensor([0, 3])] = x[:, :, :2] * 2
+    return x
+
+
+def scattered(x: Tensor, name: str, **options: object) -> Tensor:
+    numbers = torch.arange(x.shape[3]).flip(0).expand_as(x)
+    return getattr(torch.zeros_like(x), name)(3, numbers, x, **options)
+
+
+def weighed_by_itself(x: Tensor) -> Tensor:
+    rows = x.flatten(2)
+    return x * (rows @ rows.mT).diagonal(dim1=1, dim2=2)[..., None, None]
+
+
+def halves(x: Tensor) -> Tensor:
+    half = int(x.shape[1] // 2)
+    return torch.cat([x[:, half:].relu(), x[:, :half]], 1)
+
+
+def halves_rounded(x: Tensor) -> Tensor:
+    width = int(x.size()[1])
+    half = round(width * 0.5)
+    return torch.cat([x[:, : width - half].relu(), x[:, half:]], 1)
+
+
+def quarter(x: Tensor) -> Tensor:
+    width = x.shape[1]
+    first, second = x.split([int(width / 4), width - int(width / 4)], 1)
+    return torch.cat([second, first.relu()], 1)
+
+
+def shuffled(x: Tensor) -> Tensor:
+    images, width, height, length = x.shape
+    x = x.view(images, 2, int(width / 2), height, length).transpose(1, 2)
+    return x.reshape(images, width, height, length)
+
+
+def parts(x: Tensor) -> Tensor:
+    first, second = torch.split(x, int(x.size(1) / 2), dim=1)
+    return torch.cat([second, first.relu()], 1)
+
+
+def attended(x: Tensor) -> Tensor:
+    tokens = x.flatten(2).mT
+    answer = F.scaled_dot_product_attention(query=tokens, key=tokens, value=tokens)
+    return answer.mT.unflatten(2, x.shape[2:])
+
+
+FIRST = torch.tensor([0, 1])
+
+
 def circular(inputs: int, outputs: int, kernel: int) -> nn.Module:
     return nn.Conv2d(inputs, outputs, kernel, padding=1, padding_mode="circular")
 
@@ -93,6 +164,45 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "largest so far": lambda: Net(zoo.Lambda(lambda x: x.cummax(2)[0])),
     "sums of exponentials": lambda: Net(zoo.Lambda(lambda x: x.logcumsumexp(3))),
     "triangle": lambda: Net(zoo.Lambda(torch.tril)),
+    "local response": lambda: Net(nn.LocalResponseNorm(5, alpha=0.5)),
+    "local response by pooling": lambda: Net(ResponseByPool()),
+    "pooled in depth": lambda: Net(
+        zoo.Lambda(lambda x: F.avg_pool3d(x.unsqueeze(1), (1, 2, 2)).squeeze(1))
+    ),
+    "largest of neighbours": lambda: Net(
+        zoo.Lambda(lambda x: F.max_pool3d(x[:, None], (3, 1, 1), 1, (1, 0, 0))[:, 0])
+    ),
+    "scattered": lambda: Net(zoo.Lambda(lambda x: scattered(x, "scatter"))),
+    "added where numbered": lambda: Net(zoo.Lambda(lambda x: scattered(x, "scatter_add"))),
+    "largest where numbered": lambda: Net(
+        zoo.Lambda(lambda x: scattered(x, "scatter_reduce", reduce="amax"))
+    ),
+    "a number scattered": lambda: Net(
+        zoo.Lambda(lambda x: x.scatter(2, torch.zeros_like(x[:, :, :1], dtype=torch.long), 1.0))
+    ),
+    "rows added": lambda: Net(zoo.Lambda(lambda x: x.index_add(2, FIRST, x[:, :, 2:4]))),
+    "rows copied": lambda: Net(zoo.Lambda(lambda x: x.index_copy(2, FIRST, x[:, :, 2:4]))),
+    "rows filled": lambda: Net(zoo.Lambda(lambda x: x.index_fill(2, FIRST, 0.5))),
+    "rows written": lambda: Net(zoo.Lambda(with_rows_written)),
+    "rows replaced": lambda: Net(
+        zoo.Lambda(lambda x: torch.slice_scatter(x, x[:, :, :2] * 2, 2, 0, 2))
+    ),
+    "half replaced": lambda: Net(
+        zoo.Lambda(lambda x: x.slice_scatter(x[:, : x.shape[1] // 2] * 2, 1, 0, x.shape[1] // 2))
+    ),
+    "row replaced": lambda: Net(zoo.Lambda(lambda x: x.select_scatter(x[:, :, 0] * 2, 2, 1))),
+    "diagonal": lambda: Net(zoo.Lambda(lambda x: x + x.diagonal(dim1=2, dim2=3).unsqueeze(3))),
+    "weighed by itself": lambda: Net(zoo.Lambda(weighed_by_itself)),
+    "without negatives": lambda: Net(zoo.Lambda(without_negatives)),
+    "halves": lambda: Net(zoo.Lambda(halves)),
+    "halves rounded": lambda: Net(zoo.Lambda(halves_rounded)),
+    "a quarter": lambda: Net(zoo.Lambda(quarter)),
+    "shuffled": lambda: Net(zoo.Lambda(shuffled)),
+    "parts": lambda: Net(zoo.Lambda(parts)),
+    "attention by keywords": lambda: Net(zoo.Lambda(attended)),
+    "quantile by keywords": lambda: Net(
+        zoo.Lambda(lambda x: x - torch.quantile(input=x, q=0.5, dim=1, keepdim=True))
+    ),
     "turned": lambda: Net(zoo.Lambda(lambda x: torch.rot90(x, 1, (2, 3)))),
 }
 
@@ -113,6 +223,20 @@ def test_it_is_cut_and_equals_the_masked_network(name: str) -> None:
     assert prove(model, plan, IMAGES) < 1e-5
     small = apply_pruning(model, plan)
     assert sum(p.numel() for p in small.parameters()) == plan.params_after < plan.params_before
+
+
+def first_four(x: Tensor) -> Tensor:
+    assert int(x.shape[1] / 2)  # a program that rounds
+    return torch.cat([x[:, :4].relu(), x[:, 4:]], 1)
+
+
+def test_a_constant_in_a_program_that_rounds_is_no_share_of_the_width() -> None:
+    torch.manual_seed(0)
+    model = Net(zoo.Lambda(first_four)).eval()
+    reason = trace(model, IMAGES[:1]).frozen["first"]
+    assert reason.startswith("4 of 16 channels: a slice has channel counts written")
+    plan = plan_pruning(model, IMAGES[:1], criterion="l1", keep_macs=0.5)
+    assert prove(model, plan, IMAGES) < 1e-5
 
 
 @pytest.mark.parametrize("weight", [None, torch.rand(5) + 0.5], ids=["bare", "weighted"])

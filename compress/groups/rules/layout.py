@@ -62,7 +62,7 @@ def view(tracer: Tracer, call: Call) -> None:
     result: list[Axis] = [None] * out.ndim
     if any(axis is not None for axis in axes):
         for before, after in blocks(tuple(x.shape), tuple(out.shape)):
-            _view_block(tracer, (x, axes, before), (out, result, after), sizes)
+            _view_block(tracer, call, (x, axes, before), (out, result, after), sizes)
         tracer.label(out, result)
     for axis, size in zip(result, sizes, strict=True):
         if axis is None and size > 1:
@@ -114,6 +114,7 @@ def blocks(before: Sequence[int], after: Sequence[int]) -> list[tuple[range, ran
 
 def _view_block(
     tracer: Tracer,
+    call: Call,
     source: tuple[Tensor, Axes, range],
     target: tuple[Tensor, list[Axis], range],
     sizes: Sequence[int],
@@ -133,7 +134,11 @@ def _view_block(
         return
     row = labels.reshape([-1 if d == labelled[0] else 1 for d in before])
     grid = np.broadcast_to(row, [x.shape[d] for d in before]).reshape([out.shape[d] for d in wide])
-    at = _carrier(grid, [sizes[d] for d in wide])
+    given = [sizes[d] for d in wide]
+    plain = max((n for n in given if type(n) is int and n > 1), default=1)
+    if len(labels) % plain == 0 and plain > 1 and tracer.share(call, len(labels), plain):
+        given = [_AUTOMATIC if n == plain and type(n) is int else n for n in given]
+    at = _carrier(grid, given)
     if at is None:
         tracer.freeze(labels, "a view has the number of channels written in the program")
         return
@@ -180,7 +185,9 @@ def follow(tracer: Tracer, size: Any, labels: Labels, source: Axis = None) -> No
     other = size.origin.labels
     if other is source:
         return
-    if len(other) % len(labels) == 0:
+    if len(other) == len(labels):
+        tracer.constraints.count_alike(other, labels)
+    elif len(other) % len(labels) == 0:
         tracer.constraints.unify(other, np.tile(labels, len(other) // len(labels)))
     elif len(labels) % len(other) == 0:
         tracer.constraints.unify(np.tile(other, len(labels) // len(other)), labels)

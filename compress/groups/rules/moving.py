@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from compress.groups.forward import Call
 from compress.groups.labels import Axis, Labels
@@ -16,6 +17,7 @@ from compress.groups.traced_ints import TracedDimension, TracedInt
 from compress.groups.tracer import Tracer, rule
 
 _CONSTANT = "has channel counts written in the program"
+_BY_NUMBER = "channels are taken by number"
 
 
 @rule("cat concat")
@@ -64,7 +66,9 @@ def equal_parts(tracer: Tracer, call: Call) -> None:
         fixed = given is not None and not isinstance(given, TracedInt) and call.raw.name == "split"
         last = len(axis) % size
         rows = axis[: len(axis) - last].reshape(-1, size)
-        if fixed:
+        if fixed and tracer.share(call, len(axis), size):
+            tracer.constraints.tie(rows)
+        elif fixed:
             tracer.freeze(axis, f"split {_CONSTANT}")
         elif not last:
             tracer.constraints.tie(rows)
@@ -94,7 +98,11 @@ def split_with_sizes(tracer: Tracer, call: Call) -> None:
         if halves and len(set(sizes)) == 1:
             for part in parts[1:]:
                 tracer.constraints.unify(part, parts[0])
-        pairs = zip(parts, given, strict=True)
+        is_plain = any(not isinstance(count, TracedInt) for count in given)
+        if is_plain and (shares := tracer.share(call, len(axis), *sizes)):
+            _couple(tracer, axis, shares)
+            parts = []
+        pairs = zip(parts, given, strict=bool(parts))
         for part, count in sorted(
             pairs, key=lambda pair: isinstance(pair[1], TracedInt) and pair[1].origin is None
         ):
@@ -135,7 +143,7 @@ def slicing(tracer: Tracer, call: Call) -> None:
         else:
             for bound, value in zip(given or (None, None), (start, stop), strict=True):
                 if 0 < value < size and not (step > 1 and value == start < step):
-                    _bound(tracer, axis, value, bound)
+                    _bound(tracer, call, axis, value, bound)
         if step > 1 and (start >= step or stop < size or size % step):
             tracer.freeze(axis, f"a slice takes one in {step} channels")
         elif step > 1:
@@ -167,8 +175,10 @@ def _bounds(call: Call, dim: int, ndim: int) -> tuple[Any, Any] | None:
     return None
 
 
-def _bound(tracer: Tracer, axis: Labels, value: int, given: Any) -> None:
-    if not isinstance(given, TracedInt):
+def _bound(tracer: Tracer, call: Call, axis: Labels, value: int, given: Any) -> None:
+    if type(given) is int and (shares := tracer.share(call, len(axis), value)):
+        _couple(tracer, axis, shares)
+    elif not isinstance(given, TracedInt):
         negative = isinstance(given, int) and given < 0
         tracer.freeze(axis[value:] if negative else axis[:value], f"a slice {_CONSTANT}")
     elif _of(given, axis) and given.scale not in {0, 1}:
@@ -213,7 +223,7 @@ def index_select(tracer: Tracer, call: Call) -> None:
     if numbers.ndim == 1:
         axes[dim] = tracer.picked(axes[dim], numbers)
     else:
-        tracer.freeze(axes[dim], "channels are taken by number")
+        tracer.freeze(axes[dim], _BY_NUMBER)
         axes[dim] = None
     tracer.label(call.outputs[0], axes)
 
@@ -232,7 +242,7 @@ def index(tracer: Tracer, call: Call) -> None:
         return
     for d in used:
         tracer.freeze_each(tracer.axes(indices[d]), "it is used as an index")
-    tracer.freeze_each((axes[d] for d in used), "channels are taken by number")
+    tracer.freeze_each((axes[d] for d in used), _BY_NUMBER)
     left = [axis for d, axis in enumerate(axes) if d not in used]
     at = used[0] if used[-1] - used[0] < len(used) else 0  # the front, if they are not neighbours
     if any(indices[d].dtype in {torch.bool, torch.uint8} and indices[d].ndim > 1 for d in used):
@@ -249,11 +259,123 @@ def gathered(tracer: Tracer, call: Call) -> None:
     rows, picked = tracer.axes(x), list(tracer.axes(numbers))
     for d, axis in enumerate(rows):
         if d == dim or x.shape[d] != numbers.shape[d]:
-            tracer.freeze_each((axis, picked[d]), "channels are taken by number")
+            tracer.freeze_each((axis, picked[d]), _BY_NUMBER)
             picked[d] = None
         else:
             picked[d] = tracer.unify(axis, picked[d], "gather lines it up with fixed numbers")
     tracer.label(call.outputs[0], picked)
+
+
+@rule("diagonal")
+def diagonal(tracer: Tracer, call: Call) -> None:
+    """Equal positions of two dimensions, in a new last one: both dimensions are tied."""
+    x, (out,) = call.args[0], call.outputs
+    axes, dims = list(tracer.axes(x)), [call.argument(2, 0) % x.ndim, call.argument(3, 1) % x.ndim]
+    first, second = (axes[d] for d in dims)
+    kept = None
+    if call.argument(1, 0) == 0 and x.shape[dims[0]] == x.shape[dims[1]]:
+        kept = tracer.unify(first, second, "a diagonal lines it up with something fixed")
+    else:
+        tracer.freeze_each((first, second), "a diagonal takes a part of it")
+    tracer.label(out, [*(axis for d, axis in enumerate(axes) if d not in dims), kept])
+
+
+@rule("slice_scatter")
+def slice_written(tracer: Tracer, call: Call) -> None:
+    """A tensor of which a slice is replaced: what is written has the channels of that slice."""
+    x, part = call.args[:2]
+    dim = call.argument(2, 0) % x.ndim
+    axes, given = list(tracer.axes(x)), list(tracer.axes(part))
+    step = call.argument(5, 1)
+    start, stop, _ = slice(call.argument(3), call.argument(4)).indices(x.shape[dim])
+    axis, why = axes[dim], "it is written over channels that are fixed"
+    if axis is not None:
+        bounds = call.raw.argument(3, "start"), call.raw.argument(4, "end")
+        for bound, value in zip(bounds, (start, stop), strict=True):
+            if 0 < value < len(axis):
+                _bound(tracer, call, axis, value, bound)
+        if step > 1:
+            tracer.freeze(axis, f"a slice takes one in {step} channels")
+    for d, own in enumerate(axes):
+        written = own if own is None or d != dim else own[start:stop:step]
+        both = tracer.unify(written, given[d], why)
+        axes[d] = own if d == dim else both
+    tracer.label(call.outputs[0], axes)
+
+
+@rule("select_scatter")
+def position_written(tracer: Tracer, call: Call) -> None:
+    """A tensor of which one position is replaced: its dimension stays, the others are tied."""
+    x, part, dim = call.args[:3]
+    _written(tracer, call, [dim % x.ndim], list(tracer.axes(part)))
+
+
+@rule("index_add index_copy index_fill index_reduce")
+def rows_written(tracer: Tracer, call: Call) -> None:
+    """Rows that are replaced by number: their dimension stays, the others are tied."""
+    dim, given = call.args[1] % call.args[0].ndim, call.args[3]
+    rows = list(tracer.axes(given)) if isinstance(given, Tensor) and given.ndim else None
+    if rows is not None:
+        tracer.freeze(rows.pop(dim), _BY_NUMBER)
+    tracer.freeze_each(tracer.axes(call.args[2]), _BY_NUMBER)
+    _written(tracer, call, [dim], rows)
+
+
+def _written(tracer: Tracer, call: Call, dims: Sequence[int], given: list[Axis] | None) -> None:
+    """Label an output: the first operand's channels, those along ``dims`` are fixed.
+
+    ``given`` are the labels, along the others, of what is written; None where it is one number.
+    """
+    axes = list(tracer.axes(call.args[0]))
+    for d in dims:
+        tracer.freeze(axes[d], _BY_NUMBER)
+        axes[d] = None
+    others = [d for d in range(len(axes)) if d not in dims]
+    for d, axis in zip(others, given or (), strict=False):
+        axes[d] = tracer.unify(axes[d], axis, "it is written over channels that are fixed")
+    tracer.label(call.outputs[0], axes)
+
+
+@rule("scatter scatter_add scatter_reduce")
+def scattered(tracer: Tracer, call: Call) -> None:
+    """Values that go to numbered places along one dimension; all else is lined up with them."""
+    x, dim, numbers = call.args[0], call.args[1] % max(call.args[0].ndim, 1), call.args[2]
+    values = call.argument(3, call.kwargs.get("src"))
+    tensors = [x, numbers, *([values] if isinstance(values, Tensor) and values.ndim else [])]
+    rows, axes = [tracer.axes(each) for each in tensors], list(tracer.axes(x))
+    for d in range(x.ndim):
+        column = [row[d] for row in rows]
+        if d == dim or len({each.shape[d] for each in tensors}) > 1:
+            tracer.freeze_each(column, _BY_NUMBER)
+            axes[d] = None
+        else:
+            axes[d] = tracer.tie(column, "scatter lines it up with fixed numbers")
+    tracer.label(call.outputs[0], axes)
+
+
+@rule("index_put")
+def put(tracer: Tracer, call: Call) -> None:
+    """``x[numbers] = values``: like ``index``; ``x[mask] = number`` is pointwise."""
+    x, indices, values = call.args[:3]
+    used = [d for d, each in enumerate(indices) if each is not None]
+    masks = [indices[d] for d in used if indices[d].dtype in {torch.bool, torch.uint8}]
+    if masks and len(used) == 1 and masks[0].ndim == x.ndim and values.numel() == 1:
+        pairs = zip(tracer.axes(x), tracer.axes(masks[0]), strict=True)
+        why = "a mask of something fixed says where it is written"
+        tracer.label(call.outputs[0], [tracer.unify(*pair, why) for pair in pairs])
+        return
+    for each in (indices[d] for d in used):
+        tracer.freeze_each(tracer.axes(each), "it is used as an index")
+    if masks or len(used) > 1 or indices[used[0]].ndim != 1:
+        tracer.freeze_each((*tracer.axes(x), *tracer.axes(values)), "it is written by number")
+        tracer.label(call.outputs[0], (None,) * x.ndim)
+        return
+    given: list[Axis] = [*(None,) * (x.ndim - values.ndim), *tracer.axes(values)]
+    tracer.freeze(given.pop(used[0]), _BY_NUMBER)
+    wide = [False] * (x.ndim - values.ndim) + [size > 1 for size in values.shape]
+    del wide[used[0]]
+    own = [axis for d, axis in enumerate(tracer.axes(x)) if d not in used]
+    _written(tracer, call, used, [g if w else o for g, w, o in zip(given, wide, own, strict=True)])
 
 
 @rule("zeros ones full empty rand randn new_zeros new_ones new_full new_empty")

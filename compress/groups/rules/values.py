@@ -13,7 +13,7 @@ from collections.abc import Container, Sequence
 import numpy as np
 from torch import Tensor
 
-from compress.groups.calls import tensors_in
+from compress.groups.calls import tensors_in, words
 from compress.groups.forward import Call
 from compress.groups.labels import Axis, Labels
 from compress.groups.rules.layout import follow
@@ -64,6 +64,9 @@ def same(tracer: Tracer, call: Call) -> None:
             tracer.label(out, tracer.axes(first))
 
 
+_POOLS = words("avg_pool2d avg_pool3d max_pool2d_with_indices max_pool3d_with_indices")
+
+
 @rule(
     "avg_pool1d max_pool1d adaptive_avg_pool1d adaptive_max_pool1d "
     "upsample_nearest1d _upsample_nearest_exact1d upsample_linear1d reflection_pad1d "
@@ -77,12 +80,32 @@ def same(tracer: Tracer, call: Call) -> None:
 )
 def along_space(tracer: Tracer, call: Call) -> None:
     """Pooling, resizing, padding along the last dimensions, as many as the name says: ``2d``."""
-    x, axes = call.args[0], tracer.axes(call.args[0])
+    x, axes = call.args[0], list(tracer.axes(call.args[0]))
     count = next(n for n in (1, 2, 3) if f"{n}d" in call.name)
-    tracer.freeze_each(axes[x.ndim - count :], f"{call.name} works along it")
-    for out in call.outputs:
-        if out.ndim == x.ndim:
-            tracer.label(out, [*axes[: x.ndim - count], *(None,) * count])
+    windows = _windows(call, count)
+    for d in range(x.ndim - count, x.ndim):
+        size = windows[d - x.ndim + count] if x.shape[d] == call.outputs[0].shape[d] else 0
+        if not size:
+            tracer.freeze(axes[d], f"{call.name} works along it")
+            axes[d] = None
+        elif size > 1 and axes[d] is not None:
+            tracer.restrict(call)
+    for number, out in enumerate(call.outputs):
+        tracer.label(out, axes)
+        for axis in axes[x.ndim - count :] if number else ():
+            tracer.positions(call, out, axis)  # of maxima, counted through all these dimensions
+
+
+def _windows(call: Call, count: int) -> list[int]:
+    """Return how many positions a pooling looks at, one by one, in each of its dimensions.
+
+    0 where it takes steps, or is no such pooling: then it cannot go along channels.
+    """
+    if call.name not in _POOLS:
+        return [0] * count
+    given = [call.args[1], call.argument(2) or call.args[1]]
+    sizes, steps = ([*each] * count if len(each) == 1 else [*each] for each in given)
+    return [size if step == 1 else 0 for size, step in zip(sizes, steps, strict=True)]
 
 
 @rule("max_unpool2d max_unpool3d")
@@ -328,6 +351,15 @@ def along(tracer: Tracer, call: Call) -> None:
     axes = tracer.axes(x)
     tracer.label(call.outputs[0], axes)
     if axes[dim % x.ndim] is not None:
+        tracer.restrict(call)
+
+
+@rule("local_response_norm")
+def response_norm(tracer: Tracer, call: Call) -> None:
+    """Each channel is divided by what its neighbours answer: of the channels that are kept."""
+    axes = tracer.axes(call.args[0])
+    tracer.label(call.outputs[0], axes)
+    if axes[1] is not None:
         tracer.restrict(call)
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import itertools
+import os
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -221,8 +222,8 @@ def absence(path: str | Path, wanted: str = "file") -> str:
     ``wanted`` is "file", "folder" or "file or folder".
     """
     path = Path(path)
-    if path.is_dir() or path.is_file():
-        return f"is a {'folder' if path.is_dir() else 'file'}, not a {wanted}"
+    if os.path.isdir(path) or os.path.isfile(path):  # which take names of any length
+        return f"is a {'folder' if os.path.isdir(path) else 'file'}, not a {wanted}"
     beside: list[Path] = []
     with contextlib.suppress(OSError, ValueError):
         beside = [

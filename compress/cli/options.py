@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,7 +67,7 @@ def data_part(given: Given) -> dict[str, Any]:
     from compress.recipe.settings import data_reference
 
     text = given["data"]
-    if ":" not in text and Path(text).exists():
+    if ":" not in text and os.path.exists(text):
         raise _no_kind(text)
     part = data_reference(plugins.reference(text) if ":root=" in text else text)
     part |= present(given, "batch_size", "workers", "color", "layout")

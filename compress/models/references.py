@@ -7,6 +7,7 @@ import copy
 import importlib
 import inspect
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -259,17 +260,17 @@ def _own(reference: str) -> Callable[..., nn.Module]:
 def _no_reference(reference: str) -> UsageError:
     """Return what is wrong with a text that has no colon and names no saved network."""
     path = Path(reference)
-    if path.is_dir():
+    if os.path.isdir(path):  # a text of any length
         return UsageError(
             "is a folder in which no network is saved",
             where=reference,
             expected="a run or stage folder, or what compress.save_model wrote",
         )
-    if path.is_file() and path.suffix == ".py":
+    if os.path.isfile(path) and path.suffix == ".py":
         return UsageError(
             "is a file of code", where=reference, fix=f"Name the network in it: {reference}:NAME"
         )
-    if path.is_file() and path.suffix in ENDINGS:
+    if os.path.isfile(path) and path.suffix in ENDINGS:
         return UsageError(
             "holds weights, which need the code of their network",
             where=reference,

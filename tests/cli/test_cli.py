@@ -93,7 +93,7 @@ def test_check_lists_the_problems_of_all_recipes(compress, recipe, tmp_path):
     assert (code, out) == (2, "")
     assert f"{bad}: sed: no such key. Did you mean 'seed'?" in err
     assert f"{worse}: model.name: none.py: no such file." in err
-    assert f"{worse}: model.weights: no such file 'none.pth'." in err
+    assert f"{worse}: model.weights: none.pth: no such file. Expected a weight file." in err
     assert f"{worse}: data: /none: no such file or folder." in err
     code, _, err = compress("run", worse, "--trust")
     assert code == 2
@@ -136,7 +136,7 @@ def test_show_prints_the_options_of_every_stage(compress):
 def test_show_prints_the_options_of_a_stage(compress):
     code, out, _ = compress("show", "stages/prune")
     assert code == 0
-    assert "keep_macs (default None): Share of the multiply-accumulates to keep" in out
+    assert "keep_macs (default null): Share of the multiply-accumulates to keep" in out
     code, _, err = compress("show", "stages/prun")
     assert (code, "Did you mean 'prune'?" in err) == (2, True)
 
@@ -162,9 +162,9 @@ def test_show_prints_documentation_and_options(compress):
     code, out, _ = compress("show", "data/npz")
     assert code == 0
     assert "Arrays in a NumPy archive" in out
-    assert "root: required (str)" in out
+    assert "root: required (text)" in out
     code, out, _ = compress("show", "data/masks")
-    assert (code, "values: None (tuple[int, ...] | None)" in out) == (0, True)
+    assert (code, "values: null (a list or null)" in out) == (0, True)
 
 
 @pytest.mark.parametrize(
@@ -174,8 +174,8 @@ def test_show_prints_documentation_and_options(compress):
         (["show", "criteria/l7"], "no such criterion 'l7'. Did you mean"),
         (["show", "l1"], "no such kind 'l1'. Did you mean criteria/l1?"),
         (["show", "masks"], "Did you mean data/masks?"),
-        (["run", "none.yaml"], "none.yaml: the recipe cannot be read: No such file"),
-        (["check", "none.yaml"], "none.yaml: the recipe cannot be read"),
+        (["run", "none.yaml"], "none.yaml: no such file. Expected a recipe, YAML."),
+        (["check", "none.yaml"], "none.yaml: no such file"),
         (["sensitivity", "x", "--data", "digits"], "Expected one of --prune and --quantize"),
         (
             ["export", "compress.models.cifar:resnet8", "--out", "x", "--input-size", "3,32"],
@@ -183,7 +183,7 @@ def test_show_prints_documentation_and_options(compress):
         ),
         (["lint", "none.onnx", "--target", "tensorrt"], "none.onnx"),
         (["lint", "x.onnx", "--target", "tensorrt", "--out", "y"], "x.onnx"),
-        (["report", "/none"], "/none: there is no such folder"),
+        (["report", "/none"], "/none: no such folder"),
         (["report", "/none", "--track", "wandb"], "no such tracker 'wandb'"),
         (["report", "/none", "/none"], "Give --out DIR"),
         (["verify", "/none"], "/none"),
@@ -197,12 +197,12 @@ def test_show_prints_documentation_and_options(compress):
         ),
         (["prune", "torchvision:resnet81", "--data", "digits"], "no such torchvision network"),
         (["prune", "a.b:c", "--data", "digits", "--max-drop", "1"], "Add --keep-channels FILE"),
-        (["sparsify", "a.b:c", "--data", "digits"], "give keep_weights, or pattern 2:4"),
+        (["sparsify", "a.b:c", "--data", "digits"], "a.b: cannot be imported"),
         (
             ["sparsify", "a.b:c", "--data", "digits", "--pattern", "4:8"],
             "stages[0].sparsify.pattern: '4:8' is none of the choices",
         ),
-        (["quantize", "none.onnx", "--data", "digits"], "no such file 'none.onnx'"),
+        (["quantize", "none.onnx", "--data", "digits"], "none.onnx: no such file"),
         (
             ["prune", "compress.models.cifar:resnet8", "--data", "digits", "--keep-macs", "1.5"],
             "stages[0].prune.keep_macs: 1.5: Input should be less than or equal to 1",

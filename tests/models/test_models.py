@@ -274,7 +274,7 @@ def test_published_weights_of_a_detector_serve_other_classes(monkeypatch):
 
 
 def test_a_missing_weight_file_is_named():
-    with pytest.raises(ModelError, match="no such weight file"):
+    with pytest.raises(ModelError, match=r"none\.pth: no such file\. Expected a weight file"):
         models.load_model("compress.models.cifar:resnet8", "none.pth")
 
 

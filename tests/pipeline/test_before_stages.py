@@ -100,7 +100,7 @@ def test_check_builds_networks_that_fit(here, compress):
         ([{"distill": {"teacher": "no.py:x"}}], "stages[0].distill.teacher: no.py: no such file"),
         (
             [{"distill": {"teacher": "net.py:net", "teacher_weights": "no.pt"}}],
-            "stages[0].distill.teacher_weights: no such file 'no.pt'",
+            "stages[0].distill.teacher_weights: no.pt: no such file",
         ),
     ],
 )

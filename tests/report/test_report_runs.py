@@ -163,7 +163,7 @@ def test_a_folder_that_is_no_run_is_one_clear_error(tmp_path, files, words):
 
 
 def test_an_absent_folder_is_an_error(tmp_path):
-    with pytest.raises(RunError, match="there is no such folder"):
+    with pytest.raises(RunError, match="no such folder"):
         read_run(tmp_path / "x")
 
 

@@ -523,7 +523,9 @@ def test_names_of_classes_are_not_obeyed_on_the_device(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"nothing: holds no run\. Expected a folder with run\.json"):
+    with pytest.raises(
+        RunError, match=r"nothing: no such folder\. Expected a folder with run\.json"
+    ):
         write_bundle(tmp_path / "nothing", tmp_path / "x.tar.gz")
 
 

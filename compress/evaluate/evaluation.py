@@ -81,6 +81,8 @@ class Evaluation:
         return self._agreement_row(reference) | {"changes": told}
 
     def _agreement_row(self, reference: Evaluation) -> dict[str, Any]:
+        if not any(map(self.task.finds, (*reference.predictions, *self.predictions))):
+            return {"skipped": {"agreement_pct": "neither network finds anything in any image"}}
         alike = tasks.agreement(self.task, reference.predictions, self.predictions)
         if alike.unit == "pct":
             return {"agreement_pct": alike.value, "agreement_ci95": alike.ci95}

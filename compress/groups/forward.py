@@ -118,9 +118,8 @@ class TraceRecord:
     touched: dict[str, None] = field(default_factory=dict)  # tensors of the model, in order of use
     indexed: dict[str, Labels] = field(default_factory=dict)  # buffer -> channels it picks from
     occurrences: dict[str, int] = field(default_factory=dict)
-    guessed: set[Key] = field(
-        default_factory=set
-    )  # ops whose plain numbers may be shares of widths
+    # Ops whose plain numbers may be shares of widths
+    guessed: set[Key] = field(default_factory=set)
 
 
 @functools.cache

@@ -155,6 +155,10 @@ class Task(abc.ABC):
         same = [np.array_equal(reference[key], candidate[key]) for key in reference]
         return 100.0 * float(np.mean(same))
 
+    def finds(self, prediction: Prediction) -> bool:
+        """Return whether there is anything to agree on: in an image there may be no box."""
+        return True
+
     def in_picture(self, prediction: Prediction, fit: Fit, size: tuple[int, int]) -> Prediction:
         """Return a prediction for the network's input as one for the picture it was made from.
 

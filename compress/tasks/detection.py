@@ -159,6 +159,10 @@ class Detection(Task):
             both += int(_matched(box_iou(b, a), np.zeros(len(a), bool))[0].sum())
         return 200.0 * both / total
 
+    def finds(self, prediction: Prediction) -> bool:
+        """Return whether there is a box with a score of 0.3 or more."""
+        return len(confident(prediction)["labels"]) > 0
+
     def in_picture(self, prediction: Prediction, fit: Fit, size: tuple[int, int]) -> Prediction:
         """Return the boxes in pixels of the picture."""
         return prediction | {"boxes": boxes_in_picture(prediction["boxes"], fit.place(*size), size)}

@@ -84,6 +84,10 @@ class Fidelity(Task):
             return super().agreement(reference, candidate)
         return self.inner.agreement(*map(self._predicted, (reference, candidate)))
 
+    def finds(self, prediction: Prediction) -> bool:
+        """Return whether the task's prediction holds anything."""
+        return self.inner is None or self.inner.finds(self._predicted(prediction))
+
     def in_picture(self, prediction: Prediction, fit: Fit, size: tuple[int, int]) -> Prediction:
         """Return the task's prediction for the picture, which is what is drawn."""
         if self.inner is None:

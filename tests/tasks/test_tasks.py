@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from compress import evaluate, plugins, statistics, tasks
 from compress.data import load_data
 from compress.errors import DataError, EngineError, TrainingError, UnknownNameError, UsageError
+from compress.evaluate.evaluation import Evaluation
 from compress.modules.objective import TaskLoss
 from compress.recipe.settings import DataSettings
 from compress.report.pictures import thumbnail
@@ -746,6 +747,23 @@ def test_the_wanted_classes_are_drawn_without_probabilities():
     wanted = task.draw(image, task.truth(np.array([1, 0])))
     assert (wanted != image).any() and (wanted != task.draw(image, sure)).any()
     assert (task.draw(image, task.truth(np.array([0, 0]))) != image).any()  # "none"
+
+
+def test_detectors_that_find_nothing_agree_on_nothing():
+    task = load_task("detection", classes=("a",))
+    boxes = np.array([[5, 5, 9, 9]], np.float32)
+    one = {"boxes": boxes, "scores": np.full(1, 0.9), "labels": np.zeros(1, int)}
+    empty = {name: each[:0] for name, each in one.items()}
+    truth = {"boxes": boxes, "labels": one["labels"]}
+
+    def evaluated(*predictions):
+        return Evaluation(task, predictions, [task.score(each, truth) for each in predictions])
+
+    alike = evaluated(empty, empty).change_row(evaluated(empty, empty))
+    assert "agreement_pct" not in alike
+    assert alike["skipped"] == {"agreement_pct": "neither network finds anything in any image"}
+    assert evaluated(one, empty).change_row(evaluated(one, empty))["agreement_pct"] == 100
+    assert evaluated(one, one).change_row(evaluated(one, empty))["agreement_pct"] == 50
 
 
 def test_a_detector_agrees_with_itself_where_a_box_has_no_area():

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
@@ -112,6 +113,15 @@ class GraphIndex:
         """Return the Relu or Clip that alone reads the output of ``node``, or None."""
         reader = self.only_reader(node.output[0])
         return reader if reader is not None and reader.op_type in ACTIVATIONS else None
+
+    def keeps_scale(self, node: NodeProto) -> bool:
+        """Return whether ``node`` only moves what it reads, or puts zeros beside it."""
+        if node.op_type != "Pad":
+            return node.op_type in SAME_SCALE
+        given = node.input[2] if len(node.input) > 2 else ""
+        filling = self.constant(given) if given else attribute(node, "value", 0.0)
+        by_zeros = filling is not None and not np.any(filling)
+        return by_zeros and attribute(node, "mode", b"constant") == b"constant"
 
     def weight(self, node: NodeProto) -> str | None:
         """Return the constant float weight of a weighted op, or None."""

@@ -20,7 +20,7 @@ from compress.graph.rewrites import is_ambiguous
 from compress.graph.values import MOVING
 
 ELEMENTWISE = frozenset({"Add", "Mul"})
-_MOVES = SAME_SCALE | ACTIVATIONS | {"Concat"}  # hands its inputs' steps on
+_MOVES = SAME_SCALE | ACTIVATIONS | {"Concat", "Pad"}  # hands its inputs' steps on
 _CHAIN = frozenset({"Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu"})
 _FARTHEST = 64  # nodes before a residual Add that its common ancestor is looked for in
 Reader = tuple[str, int]  # name of the node, position among its inputs
@@ -224,7 +224,7 @@ def _place_everywhere(graph: GraphIndex, placement: Placement, floating: set[str
             gives_float = node.op_type == "MatMul" and not readers & kernels
             if tensor not in graph.outputs and not is_answer and not gives_float:
                 _quantize(graph, placement, tensor, floating)
-        _share_scale(placement, node)
+        _share_scale(graph, placement, node)
 
 
 def _without_gain(graph: GraphIndex, chosen: list[NodeProto], weighted: set[str]) -> set[str]:
@@ -278,7 +278,7 @@ def _place_where_read(graph: GraphIndex, placement: Placement, floating: set[str
                 _quantize(graph, placement, tensor, floating)
     for node in chosen.values():
         if node.input[0] in placement.readers:
-            _share_scale(placement, node)
+            _share_scale(graph, placement, node)
 
 
 def _runs_inside(graph: GraphIndex, node: NodeProto) -> bool:
@@ -297,7 +297,7 @@ def _makers(graph: GraphIndex, node: NodeProto) -> set[str]:
     names = set()
     for tensor in node.input:
         maker = graph.producer.get(tensor)
-        while maker is not None and maker.op_type in ACTIVATIONS | SAME_SCALE:
+        while maker is not None and (maker.op_type in ACTIVATIONS or graph.keeps_scale(maker)):
             maker = graph.producer.get(maker.input[0])
         if maker is not None and maker.op_type == "Concat":
             names |= _makers(graph, maker)
@@ -318,12 +318,12 @@ def _chosen(graph: GraphIndex, placement: Placement, floating: set[str]) -> list
 
 def _ends(graph: GraphIndex, node: NodeProto) -> list[str]:
     """Return the outputs of ``node``, or of the activation that runs together with it."""
-    after = None if node.op_type in SAME_SCALE else graph.activation_after(node)
+    after = None if graph.keeps_scale(node) else graph.activation_after(node)
     return list(node.output if after is None else after.output)
 
 
-def _share_scale(placement: Placement, node: NodeProto) -> None:
-    if node.op_type in SAME_SCALE:
+def _share_scale(graph: GraphIndex, placement: Placement, node: NodeProto) -> None:
+    if graph.keeps_scale(node):
         for tensor in node.output:
             placement.scale_of[tensor] = node.input[0]
 
@@ -347,7 +347,7 @@ def has_int8_kernel(graph: GraphIndex, node: NodeProto) -> bool:
 
 
 def _has_kernel(graph: GraphIndex, node: NodeProto) -> bool:
-    if node.op_type not in (*_CHAIN, *ELEMENTWISE, *SAME_SCALE):
+    if node.op_type not in (*_CHAIN, *ELEMENTWISE) and not graph.keeps_scale(node):
         return False
     if not all(graph.is_float(name) for name in (node.input[0], *node.output)):
         return False

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from compress.export import export_onnx
+from compress.models.cifar import CifarResNet
 from compress.qdq.lint import lint_onnx
 from compress.quantize import quantize_onnx
 from compress.quantize.sqnr import answers, sqnr_db
@@ -149,3 +150,19 @@ def test_an_activation_runs_in_the_kernel_of_the_convolution_before_it(
     reference = answers(onnx.load(path), {"input": images})
     written = answers(onnx.load(tmp_path / "int8.onnx"), {"input": images})
     assert sqnr_db(reference, written) > 30
+
+
+def test_a_shortcut_padded_with_zeros_stays_as_it_was_quantized(tmp_path: Path):
+    """ResNet-20's shortcuts: every second pixel, and zeros for the channels that are missing."""
+    torch.manual_seed(0)
+    network, images = CifarResNet(8).eval(), np.random.default_rng(0)
+    fp32 = export_onnx(network, torch.randn(1, 3, 16, 16), tmp_path / "fp32.onnx")
+    batches = [images.standard_normal((32, 3, 16, 16)).astype(np.float32)]
+    out = tmp_path / "int8.onnx"
+    quantize_onnx(fp32, batches, out, "openvino", method="plain")
+    assert lint_onnx(out, target="openvino") == []
+    parts = executed(out)
+    pads = [part for part in parts if part["layerType"] == "Pad"]
+    assert pads and {part["runtimePrecision"] for part in pads} == {"u8"}
+    rounded = [p["originalLayersNames"] for p in parts if p["layerType"] == "FakeQuantize"]
+    assert rounded == ["input_q"]

@@ -14,7 +14,7 @@ from compress.graph.model import GraphIndex, bodies, graphs_in, layers_inside
 from compress.qdq.placement import place
 from compress.quantize.sqnr import sqnr_text
 from compress.report.numbers import staying
-from compress.runtimes.onnxruntime import EXACT_INT8
+from compress.runtimes._plain_kernels import EXACT_INT8
 
 ENOUGH = 32  # images, with which an SQNR is right to about a decibel
 STAYS = " stays in float"
@@ -76,9 +76,9 @@ def of_sessions(target: str) -> list[str]:
         return []
     key, value = EXACT_INT8
     return [
-        "judged with exact int8 kernels; in a session of your own, "
-        f"options.add_session_config_entry({key!r}, {value!r}) chooses them: "
-        "without it x86-64 CPUs without VNNI overflow, elsewhere it changes nothing"
+        "judged with exact int8 kernels; in a session of your own on x86-64 CPUs without VNNI, "
+        f"options.add_session_config_entry({key!r}, {value!r}) chooses them, else int8 overflows; "
+        "with VNNI leave it out: it makes int8 slow"
     ]
 
 

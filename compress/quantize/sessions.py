@@ -13,7 +13,8 @@ from onnx import ModelProto, TensorProto, numpy_helper
 
 from compress.errors import QuantizationError
 from compress.graph.weightless import is_large, skeleton
-from compress.runtimes.onnxruntime import EXACT_INT8, onnxruntime_error, run_within
+from compress.runtimes._plain_kernels import take_exact_kernels
+from compress.runtimes.onnxruntime import onnxruntime_error, run_within
 
 # Of no use in float arithmetic; ONNX Runtime 1.23 fails in it where a graph begins with a Clip.
 _CLIP_FUSION = "ClipQuantRewrite"
@@ -108,7 +109,7 @@ def session_of(
 
     options = ort.SessionOptions()
     options.log_severity_level = 4  # what it says is raised as well
-    options.add_session_config_entry(*EXACT_INT8)
+    take_exact_kernels(options)
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it wastes a core
     if not optimized:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -23,7 +23,7 @@ from compress.graph import files
 from compress.graph.model import WEIGHTED, GraphIndex
 from compress.graph.shapes import macs, shapes_of
 from compress.runtimes import build_engine, open_session
-from compress.runtimes.onnxruntime import EXACT_INT8
+from compress.runtimes._plain_kernels import take_exact_kernels
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def of_onnxruntime(model: ModelProto, graph: Workload, threads: int | None) -> l
         onnx.save(model, str(source))
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        options.add_session_config_entry(*EXACT_INT8)
+        take_exact_kernels(options)
         options.intra_op_num_threads = threads or 0
         options.optimized_model_filepath = str(optimized)
         try:

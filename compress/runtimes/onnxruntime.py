@@ -18,6 +18,7 @@ from compress.errors import EngineError, UnknownNameError, UsageError, reason_of
 from compress.graph import files
 from compress.packages import require
 from compress.runtimes import Runtime, _session
+from compress.runtimes._plain_kernels import take_exact_kernels
 from compress.runtimes._session import BuildRequest, Opens, TensorSpec
 
 PROVIDERS = {
@@ -25,10 +26,6 @@ PROVIDERS = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
-# x86-64 CPUs without VNNI add pairs of uint8 x int8 products in 16 bits, which overflow. With this
-# session option ONNX Runtime takes kernels that do not, there; elsewhere it changes nothing.
-# Source: ONNX Runtime, "Quantize ONNX models", on AVX2 and AVX-512 machines.
-EXACT_INT8 = ("session.x64quantprecision", "1")
 LOOP_SECONDS = 60.0  # after which a run of a graph with a Loop is ended: it may turn 2^62 times
 # What it says of sizes that lie beside the file with the weights: it looks for them inside alone
 OUTSIDE = "data from external tensors"
@@ -124,7 +121,9 @@ class Onnxruntime(Runtime):
             EngineError: it is damaged or holds an operator ONNX Runtime does not know.
         """
         limit = LOOP_SECONDS if files.has_loop(path) else None
-        return OnnxruntimeSession(self._session(str(path), self._options(), path), limit)
+        options = self._options()
+        take_exact_kernels(options)
+        return OnnxruntimeSession(self._session(str(path), options, path), limit)
 
     def _options(self) -> Any:
         ort = _package()
@@ -134,7 +133,6 @@ class Onnxruntime(Runtime):
             ort.GraphOptimizationLevel, LEVELS[self.optimization]
         )
         options.inter_op_num_threads = 1
-        options.add_session_config_entry(*EXACT_INT8)
         if self.threads is not None:
             options.intra_op_num_threads = self.threads
         if self.batch is not None:

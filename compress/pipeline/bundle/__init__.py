@@ -39,6 +39,7 @@ SCRIPTS = {  # by their names in the bundle
     "predict.py": "pipeline/bundle/on_device_predict.py",
     "pictures.py": "data/_plain_pictures.py",  # the same code here and on the device
     "answers.py": "tasks/_plain_answers.py",
+    "kernels.py": "runtimes/_plain_kernels.py",
 }
 
 

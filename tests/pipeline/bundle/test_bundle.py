@@ -121,6 +121,7 @@ def test_bundle_holds_what_a_device_needs_and_nothing_of_this_machine(unpacked: 
     names = {p.relative_to(unpacked).as_posix() for p in unpacked.rglob("*") if p.is_file()}
     assert names == {
         "answers.py",
+        "kernels.py",
         "bundle.json",
         "labels.txt",
         "models/int8-onnxruntime.onnx",

@@ -29,7 +29,7 @@ def take_exact_kernels(options: Any) -> None:
         options.add_session_config_entry(*EXACT_INT8)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.lru_cache(1)
 def overflows() -> bool:
     """Return whether ONNX Runtime's int8 kernels overflow on this processor, by trying it."""
     import onnxruntime

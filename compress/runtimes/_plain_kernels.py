@@ -25,12 +25,12 @@ def take_exact_kernels(options: Any) -> None:
 
     Source: ONNX Runtime, "Quantize ONNX models", on AVX2 and AVX-512 machines.
     """
-    if overflows():
+    if sums_overflow():
         options.add_session_config_entry(*EXACT_INT8)
 
 
 @functools.lru_cache(1)
-def overflows() -> bool:
+def sums_overflow() -> bool:
     """Return whether ONNX Runtime's int8 kernels overflow on this processor, by trying it."""
     import onnxruntime
 

@@ -48,12 +48,12 @@ def test_processors_with_vnni_do_not_overflow_and_others_do():
     info = Path("/proc/cpuinfo")
     if platform.machine() != "x86_64" or not info.exists():
         pytest.skip("which instructions there are is not known")
-    assert _plain_kernels.overflows() == ("vnni" not in info.read_text())
+    assert _plain_kernels.sums_overflow() == ("vnni" not in info.read_text())
 
 
 @pytest.mark.parametrize("overflows", [True, False])
 def test_the_option_is_given_only_where_kernels_overflow(overflows, monkeypatch):
-    monkeypatch.setattr(_plain_kernels, "overflows", lambda: overflows)
+    monkeypatch.setattr(_plain_kernels, "sums_overflow", lambda: overflows)
     options = Options()
     _plain_kernels.take_exact_kernels(options)
     assert options == ({OPTION: ON} if overflows else {})
@@ -63,7 +63,7 @@ def test_a_session_of_the_runtime_is_exact_and_has_the_option_only_where_it_must
     path, feed = int8
     session = Onnxruntime().open(path)
     options = session.session.get_session_options()
-    if _plain_kernels.overflows():
+    if _plain_kernels.sums_overflow():
         assert options.get_session_config_entry(OPTION) == ON
     else:
         with pytest.raises(RuntimeError, match=OPTION):

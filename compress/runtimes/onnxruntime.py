@@ -16,6 +16,7 @@ import onnx
 from compress.artifact import replacing
 from compress.errors import EngineError, UnknownNameError, UsageError, reason_of
 from compress.graph import files
+from compress.graph.values import EditableGraph, constant
 from compress.packages import require
 from compress.runtimes import Runtime, _session
 from compress.runtimes._plain_kernels import take_exact_kernels
@@ -29,6 +30,8 @@ PROVIDERS = {
 LOOP_SECONDS = 60.0  # after which a run of a graph with a Loop is ended: it may turn 2^62 times
 # What it says of sizes that lie beside the file with the weights: it looks for them inside alone
 OUTSIDE = "data from external tensors"
+# And where exact int8 kernels are asked for and layers share integers, which it converts for each
+TWICE = "Attempt to replace the existing tensor"
 LEVELS = {
     "none": "ORT_DISABLE_ALL",
     "basic": "ORT_ENABLE_BASIC",
@@ -146,6 +149,9 @@ class Onnxruntime(Runtime):
         except Exception as error:  # onnxruntime has no common error class
             if isinstance(model, str) and OUTSIDE in str(error):
                 return self._session(files.load(path).SerializeToString(), options, path)
+            if isinstance(model, str) and TWICE in str(error):
+                unshared = with_integers_of_its_own(files.load(path))
+                return self._session(unshared.SerializeToString(), options, path)
             raise onnxruntime_error(error, path) from error
         got = session.get_providers()
         if got[:1] != providers[:1]:  # it only warns, and takes the next one
@@ -202,6 +208,17 @@ class OnnxruntimeSession:
     def close(self) -> None:
         """Free the session."""
         self.session = None
+
+
+def with_integers_of_its_own(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return ``model`` with no int8 constant that two nodes read."""
+    graph = EditableGraph(model)
+    for node in graph.nodes:
+        for index, value in enumerate(node.inputs):
+            stored = constant(value)
+            if value and stored is not None and stored.dtype == np.int8 and len(value.uses()) > 1:
+                node.replace_input_with(index, graph.add_constant(str(value.name), stored))
+    return graph.to_model()
 
 
 def run_within(

@@ -80,3 +80,23 @@ def test_a_built_file_keeps_signed_weights_for_whatever_processor_opens_it(int8,
     assert kinds == {onnx.TensorProto.INT8}
     (found,) = open_session(built).run(*feed.values())
     assert sqnr_db(run(onnx.load(path), feed, plain=True), [found]) > 35
+
+
+def test_layers_that_share_integers_are_opened_where_kernels_must_be_exact(tmp_path, monkeypatch):
+    """NNCF stores one zero point for several layers; ONNX Runtime converts it for each."""
+    monkeypatch.setattr(_plain_kernels, "sums_overflow", lambda: True)
+    model = GRAPHS["residual"]()
+    feed = images(model, 8)
+    plan = make_quant_plan(calibrate(model, [feed]), target="onnxruntime")
+    written = write_qdq(model, plan)
+    same = {"stem_w_zero_point", "c1_w_zero_point"}  # of eight channels each
+    assert same <= {t.name for t in written.graph.initializer}
+    middle = onnx.numpy_helper.from_array(np.zeros(8, np.int8), "middle")
+    for node in written.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[2] in same:
+            node.input[2] = middle.name
+    written.graph.initializer.append(middle)
+    path = tmp_path / "shared.onnx"
+    onnx.save(written, path)
+    (found,) = open_session(path, "onnxruntime").run(*feed.values())
+    assert sqnr_db(run(written, feed, plain=True), [found]) > 35

@@ -103,7 +103,7 @@ def export_onnx(  # noqa: PLR0913 - the published signature; each option stands 
                 proof.check_ends(written, module, example, preprocess, softmax=softmax)
             if nms is not None:
                 heads = graph.graph.outputs[0]
-                nms.attach(graph.graph)
+                nms.attach(graph)
                 proof.check_nms(graph, heads, nms)
                 _save(graph, written, facts)
     except CompressError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import ExportError
+from compress.graph.values import EditableGraph
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def attach(model: ir.Model, preprocess: Preprocess | None, *, softmax: bool) -> 
             expected="a network with one input and one output",
         )
     if preprocess is not None:
-        _prepend(model.graph, preprocess)
+        _prepend(model, preprocess)
     if softmax:
         _append_softmax(model.graph)
 
@@ -76,8 +76,8 @@ def wrapping_facts(preprocess: Preprocess | None, softmax: bool) -> dict[str, An
     return said | ({"output": "probabilities"} if softmax else {})
 
 
-def _prepend(graph: ir.Graph, preprocess: Preprocess) -> None:
-    network = graph.inputs[0]
+def _prepend(model: ir.Model, preprocess: Preprocess) -> None:
+    network = model.graph.inputs[0]
     if network.shape is None or len(network.shape) != 4 or network.dtype != ir.DataType.FLOAT:
         raise ExportError(
             f"preprocess takes images, and the input of this network is {network.shape}",
@@ -94,20 +94,15 @@ def _prepend(graph: ir.Graph, preprocess: Preprocess) -> None:
         type=ir.TensorType(ir.DataType.UINT8),
         shape=ir.Shape([batch, height, width, channels]),
     )
-    names = ("preprocess.scale", "preprocess.shift")
-    scale, shift = map(partial(_constant, graph), names, preprocess.affine())
-    nodes = [ir.node("Transpose", [image], {"perm": [0, 3, 1, 2]}, name="preprocess_transpose")]
-    nodes.append(ir.node("Cast", nodes[-1].outputs, {"to": 1}, name="preprocess_cast"))
-    nodes.append(ir.node("Mul", [nodes[-1].outputs[0], scale], name="preprocess_scale"))
-    nodes.append(ir.node("Add", [nodes[-1].outputs[0], shift], name="preprocess_shift"))
-    for node, kind in zip(nodes, ("UINT8", "FLOAT", "FLOAT", "FLOAT"), strict=True):
-        node.outputs[0].name = f"{node.name}_output"
-        node.outputs[0].type = ir.TensorType(ir.DataType[kind])
-        node.outputs[0].shape = network.shape
-    ir.convenience.replace_all_uses_with(network, nodes[-1].outputs[0])
-    network.name = "normalized"
-    graph.inputs[0] = image
-    graph.insert_before(graph[0], nodes)
+    graph = EditableGraph(model)
+    scale, shift = preprocess.affine()
+    value = graph.add("Transpose", [image], "preprocess_transpose", perm=[0, 3, 1, 2])
+    value = graph.add("Cast", [value], "preprocess_cast", to=int(ir.DataType.FLOAT))
+    value = graph.add("Mul", [value, graph.add_constant("preprocess.scale", scale)], "preprocess")
+    value = graph.add("Add", [value, graph.add_constant("preprocess.shift", shift)], "preprocess")
+    network.replace_all_uses_with(value)
+    network.name, graph.body.inputs[0] = "normalized", image
+    graph.body.sort()
 
 
 def _append_softmax(graph: ir.Graph) -> None:
@@ -120,9 +115,3 @@ def _append_softmax(graph: ir.Graph) -> None:
     found = ir.Value(name="probabilities", type=logits.type, shape=logits.shape)
     graph.append(ir.node("Softmax", [logits], {"axis": 1}, outputs=[found], name="softmax"))
     graph.outputs[0] = found
-
-
-def _constant(graph: ir.Graph, name: str, value: np.ndarray) -> ir.Value:
-    constant = ir.val(name, const_value=ir.tensor(value, name=name))
-    graph.register_initializer(constant)
-    return constant

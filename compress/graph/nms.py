@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from compress.errors import ExportError
+from compress.graph.values import EditableGraph
 
 OUTPUT = "detections"
 CANDIDATES = 3000  # that are looked at first: they mostly hold all that is kept
@@ -74,15 +76,17 @@ class Nms:
             row[:kept] = np.concatenate(columns, 1)[:kept]
         return out
 
-    def attach(self, graph: ir.Graph) -> None:
-        """Put NMS behind the only output of ``graph``, (B, 4 + K, A): (B, M, 6) comes out.
+    def attach(self, model: ir.Model) -> None:
+        """Put NMS behind the only output of ``model``, (B, 4 + K, A): (B, M, 6) comes out.
 
         Each row is x1, y1, x2, y2, score and class, best first.
 
         Raises:
             ExportError: the graph has several outputs, or one of another form.
         """
-        shapes = [output.shape for output in graph.outputs]
+        nodes = _Nodes(model)
+        outputs = nodes.body.outputs
+        shapes = [output.shape for output in outputs]
         shape = shapes[0] if len(shapes) == 1 else None
         if shape is None or len(shape) != 3 or not all(isinstance(n, int) for n in shape[1:]):
             raise ExportError(
@@ -97,79 +101,54 @@ class Nms:
                 f"NMS takes boxes and scores; the output of this network is {shape}",
                 expected="(B, 4 + classes, places), more places than rows",
             )
-        tape = _Tape(graph)
-        boxes, scores = self._best(tape, graph.outputs[0], rows)
-        kept = self._kept(tape, boxes, scores)
         count = min(self.max_boxes, (rows - 4) * places)
-        graph.outputs[0] = _ordered(tape, boxes, kept, count, places)
-        graph.outputs[0].name = OUTPUT
-        graph.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-        graph.outputs[0].shape = ir.Shape([shape[0], count, 6])
+        boxes, kept = self._kept(nodes, outputs[0], rows)
+        outputs[0] = _ordered(nodes, boxes, kept, count, places)
+        outputs[0].name = OUTPUT
+        outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+        outputs[0].shape = ir.Shape([shape[0], count, 6])
 
-    def _best(self, tape: _Tape, head: ir.Value, rows: int) -> tuple[ir.Value, ir.Value]:
-        """Return boxes (B, A, 4), and scores (B, K, A) of which only each place's best is left."""
-        boxes = tape.slice(head, 0, 4, 1)
-        scores = tape.slice(head, 4, rows, 1)
-        best = tape.op("ReduceMax", [scores, tape.integers(1)], keepdims=1)
-        alone = tape.op("Where", [tape.op("Equal", [scores, best]), scores, tape.number(0.0)])
-        return tape.op("Transpose", [boxes], perm=[0, 2, 1]), alone
+    def _kept(self, nodes: _Nodes, head: ir.Value, rows: int) -> tuple[ir.Value, ir.Value]:
+        """Return boxes (B, A, 4), and scores (B, K, A) with zeros where NMS took a box out.
 
-    def _kept(self, tape: _Tape, boxes: ir.Value, scores: ir.Value) -> ir.Value:
-        """Return the scores (B, K, A) with zeros where NMS took a box out."""
-        limits = [tape.integers(self.max_boxes), tape.number(self.iou), tape.number(self.score)]
-        index = tape.op("NonMaxSuppression", [boxes, scores, *limits], center_point_box=1)
-        values = tape.op("GatherND", [scores, index])
-        nothing = tape.op("Mul", [scores, tape.number(0.0)])
-        return tape.op("ScatterND", [nothing, index, values])
+        Of the scores only each place's best is left.
+        """
+        boxes = nodes.op("Slice", [head, 0, 4, 1])
+        scores = nodes.op("Slice", [head, 4, rows, 1])
+        best = nodes.op("ReduceMax", [scores, 1], keepdims=1)
+        alone = nodes.op("Where", [nodes.op("Equal", [scores, best]), scores, 0.0])
+        boxes = nodes.op("Transpose", [boxes], perm=[0, 2, 1])
+        limits = self.max_boxes, self.iou, self.score
+        index = nodes.op("NonMaxSuppression", [boxes, alone, *limits], center_point_box=1)
+        values = nodes.op("GatherND", [alone, index])
+        return boxes, nodes.op("ScatterND", [nodes.op("Mul", [alone, 0.0]), index, values])
 
 
-def _ordered(tape: _Tape, boxes: ir.Value, kept: ir.Value, count: int, places: int) -> ir.Value:
+def _ordered(nodes: _Nodes, boxes: ir.Value, kept: ir.Value, count: int, places: int) -> ir.Value:
     """Return the ``count`` best boxes, (B, M, 6)."""
-    flat = tape.op("Reshape", [kept, tape.integers(0, -1)])
-    scores, index = tape.ops("TopK", [flat, tape.integers(count)], 2, axis=1)
-    size = tape.integers(places)
-    label, place = tape.op("Div", [index, size]), tape.op("Mod", [index, size])
-    last = tape.integers(-1)
-    where = tape.op("Tile", [tape.op("Unsqueeze", [place, last]), tape.integers(1, 1, 4)])
-    chosen = tape.op("GatherElements", [boxes, where], axis=1)
-    half = tape.op("Mul", [tape.slice(chosen, 2, 4, 2), tape.number(0.5)])
-    centre = tape.slice(chosen, 0, 2, 2)
-    parts = [tape.op(name, [centre, half]) for name in ("Sub", "Add")]
-    label = tape.op("Cast", [label], to=int(ir.DataType.FLOAT))
-    parts += [tape.op("Unsqueeze", [each, last]) for each in (scores, label)]
-    return tape.op("Concat", parts, axis=2)
+    flat = nodes.op("Reshape", [kept, [0, -1]])
+    scores, index = nodes.ops("TopK", [flat, count], 2, axis=1)
+    label, place = nodes.op("Div", [index, places]), nodes.op("Mod", [index, places])
+    where = nodes.op("Tile", [nodes.op("Unsqueeze", [place, -1]), [1, 1, 4]])
+    chosen = nodes.op("GatherElements", [boxes, where], axis=1)
+    half = nodes.op("Mul", [nodes.op("Slice", [chosen, 2, 4, 2]), 0.5])
+    centre = nodes.op("Slice", [chosen, 0, 2, 2])
+    parts = [nodes.op(name, [centre, half]) for name in ("Sub", "Add")]
+    label = nodes.op("Cast", [label], to=int(ir.DataType.FLOAT))
+    parts += [nodes.op("Unsqueeze", [each, -1]) for each in (scores, label)]
+    return nodes.op("Concat", parts, axis=2)
 
 
-class _Tape:
-    """Nodes appended to a graph one by one."""
+class _Nodes(EditableGraph):
+    """A graph to which nodes are added one by one; numbers among their inputs become constants."""
 
-    def __init__(self, graph: ir.Graph) -> None:
-        self.graph, self.count = graph, 0
+    def ops(self, kind: str, inputs: Sequence[Any], outputs: int, **given: Any) -> list[ir.Value]:
+        values = [each if isinstance(each, ir.Value) else self._constant(each) for each in inputs]
+        return self.add_several(kind, values, [f"nms_{kind}"] * outputs, **given)
 
-    def ops(self, kind: str, inputs: list[ir.Value], outputs: int, **given: Any) -> Any:
-        self.count += 1
-        name = f"nms_{self.count}_{kind}"
-        node = ir.node(kind, inputs, given, num_outputs=outputs, name=name)
-        for number, value in enumerate(node.outputs):
-            value.name = f"{name}_{number}"
-        self.graph.append(node)
-        return node.outputs
+    def op(self, kind: str, inputs: Sequence[Any], **given: Any) -> ir.Value:
+        return self.ops(kind, inputs, 1, **given)[0]
 
-    def op(self, kind: str, inputs: list[ir.Value], **given: Any) -> ir.Value:
-        return self.ops(kind, inputs, 1, **given)[0]  # type: ignore[no-any-return]
-
-    def slice(self, value: ir.Value, start: int, stop: int, axis: int) -> ir.Value:
-        return self.op("Slice", [value, *map(self.integers, (start, stop, axis))])
-
-    def integers(self, *values: int) -> ir.Value:
-        return self._constant(np.array(values, np.int64))
-
-    def number(self, value: float) -> ir.Value:
-        return self._constant(np.array([value], np.float32))
-
-    def _constant(self, array: NDArray[Any]) -> ir.Value:
-        self.count += 1
-        name = f"nms.{self.count}"
-        value = ir.val(name, const_value=ir.tensor(array, name=name))
-        self.graph.register_initializer(value)
-        return value
+    def _constant(self, numbers: float | list[int]) -> ir.Value:
+        kind = np.float32 if isinstance(numbers, float) else np.int64
+        return self.add_constant("nms.constant", np.atleast_1d(np.array(numbers, kind)))

@@ -21,7 +21,7 @@ from torchvision.ops import MultiScaleRoIAlign  # noqa: TID253
 
 import compress
 from compress.errors import ModelError, QuantizationError
-from compress.graph.nms import Nms
+from compress.graph.ends import Nms
 from compress.groups.proof import prove
 from compress.models import check_forward
 from compress.models.references import check_reference

@@ -11,16 +11,16 @@ from compress.graph.model import GraphIndex
 from compress.qdq.plan import unpack_codes
 from compress.qdq.writer import write_qdq
 from compress.quantize import headroom
-from compress.quantize.headroom import (
+from compress.quantize.layerwise import layers
+from compress.quantize.notes import decided
+from compress.quantize.remedies import (
     LargestCodes,
     in_pairs,
     largest_codes,
     largest_sums,
+    seven_bits,
     with_headroom,
 )
-from compress.quantize.layerwise import layers
-from compress.quantize.notes import decided
-from compress.quantize.remedies import seven_bits
 from compress.quantize.search import auto
 from compress.quantize.sqnr import mean_db
 

@@ -17,11 +17,10 @@ from compress.qdq.plan import ActivationRange, InputGrid, QuantPlan
 from compress.quantize import calibrate, float_layers, search
 from compress.quantize.api import plan_by
 from compress.quantize.calibration import activation_of
-from compress.quantize.float_layers import depthwise_layers_apart, first_layers, spare_layers
 from compress.quantize.images import CalibrationImages
 from compress.quantize.layerwise import channel_means, find_shift, some_positions
 from compress.quantize.notes import bearing_images, by_reason, decided, of_judging
-from compress.quantize.search import Trial, auto
+from compress.quantize.search import Trial, auto, depthwise_layers_apart, first_layers, spare_layers
 from compress.quantize.sqnr import Closeness, closeness
 from compress.quantize.workbench import Workbench
 

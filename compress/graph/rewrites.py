@@ -1,4 +1,4 @@
-"""Means, padding, hard-swish and reshapes of the batch, written as runtimes compute them in int8."""
+"""Means, padding, hard-swish and batches of reshapes, written as runtimes compute them in int8."""
 
 from __future__ import annotations
 

@@ -184,13 +184,7 @@ def _timm(name: str, given: dict[str, Any], published: str | None) -> nn.Module:
 
 
 def _ultralytics(name: str, num_classes: int | None = None, trust: bool = False) -> nn.Module:
-    """Return one of Ultralytics' networks, from the YAML that describes it or a file of theirs.
-
-    Args:
-        name: ``yolo11n.yaml``, the path of a YAML, or of a ``.pt``.
-        num_classes: Classes of objects; what the YAML says if None.
-        trust: Open a ``.pt``, which is a pickle and runs the code that it holds.
-    """
+    """Return one of Ultralytics' networks: of a YAML or, where trusted, of their ``.pt``."""
     purpose = f"network 'ultralytics:{name}'"
     require("ultralytics", extra="ultralytics", purpose=purpose)
     tasks: Any = importlib.import_module("ultralytics.nn.tasks")

@@ -53,16 +53,7 @@ def refit_blocks(
     which of its channels are left; one whose answer neither orders, and one that comes no closer,
     stay as they are. Needs no labels.
 
-    Args:
-        pruned: What ``refit`` returned. Its weights are replaced.
-        original: The network before the cut. Not modified.
-        plan: The cut between the two.
-        batches: Images, float32 (B, C, H, W), with or without anything after them.
-        steps: Steps of Adam for each block.
-        training_batches: As in ``refit``.
-
-    Returns:
-        ``pruned``.
+    Arguments are those of ``refit``; ``steps`` are of Adam for each block.
 
     Raises:
         UsageError: there is not one batch, or no block.

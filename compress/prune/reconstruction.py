@@ -71,7 +71,7 @@ def refit(
 
     Args:
         pruned: What ``apply_pruning(original, plan)`` returned. Its weights are replaced.
-        original: The network before the cut. Not modified.
+        original: The network before the cut.
         plan: The cut between the two.
         batches: Images, float32 (B, C, H, W), with or without anything after them.
         training_batches: Images as training is going to show them, if it changes them at random:

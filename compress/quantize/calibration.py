@@ -344,11 +344,8 @@ def make_quant_plan(
 ) -> QuantPlan:
     """Return a plan with the ranges that ``observer`` chooses; one pass serves any of them.
 
-    Args:
-        statistics: What ``calibrate`` saw.
-        target: The runtime the plan is for.
-        observer: Name of a plug-in, with options or without.
-        exclude: Nodes to leave in float, and why.
+    The observer is the name of a plug-in, with options or without; ``exclude`` are nodes to leave
+    in float, and why.
 
     Raises:
         UsageError: the observer needs histograms and only extremes were kept.

@@ -245,16 +245,9 @@ def equalize(
     The weights that make them are divided, the weights that read them multiplied. Where depthwise
     layers alone read the channel their own scales absorb the factor, so alpha is 1 there.
 
-    Args:
-        prepared: The fp32 graph.
-        plan: Must not hold rescalings, scales or biases yet. Its ranges are those of the graph
-            as it was.
-        seen: Of ``prepared``, with the channels of its ``scalable`` tensors.
-        alpha: How far to go, in [0, 1]; 0 scales only what depthwise layers alone read, which costs
-            nothing elsewhere.
-
-    Returns:
-        The plan, and what would be seen of the rescaled graph.
+    With the plan comes what would be seen of the rescaled graph. ``plan`` must not hold rescalings,
+    scales or biases yet; ``seen`` has the channels of the ``scalable`` tensors. An ``alpha`` of 0
+    scales only what depthwise layers alone read, which costs nothing elsewhere.
 
     Source: Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction,
     ICCV 2019, https://arxiv.org/abs/1906.04721, section 4.1; here by ranges of activations, since

@@ -41,7 +41,6 @@ class CalibrationImages:
     once for each pass, and never held in memory.
 
     Args:
-        graph: The graph they are for.
         batches: float32 arrays (B, C, H, W); several inputs as dicts by input name, or sequences.
         fewest: Number of images below which ranges would mean nothing.
         usual: Smallest and largest value that the network's normalization gives, if it is known.

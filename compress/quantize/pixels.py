@@ -27,15 +27,8 @@ def with_exact_pixels(prepared: ModelProto, plan: QuantPlan, feed: Feed) -> Quan
     Pixels have 256 values, and so have integers; but normalization gives each channel a step and an
     offset of its own, and one range for all rounds nearly every pixel to another value: a quarter
     of what quantized activations cost EfficientNet-Lite0. With a step of their own for each channel
-    nothing is rounded.
-
-    Args:
-        prepared: The fp32 graph.
-        plan: Must hold no grids yet.
-        feed: Images.
-
-    Returns:
-        ``plan`` itself where no values lie on a grid, or where its range fits already.
+    nothing is rounded. ``plan``, which must hold no grids yet, is returned itself where no values
+    lie on a grid, or where its range fits already.
     """
     graph = GraphIndex(prepared)
     layers = set(place(graph, plan.target, plan.float_nodes).weights)

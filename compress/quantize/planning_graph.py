@@ -61,10 +61,6 @@ def planning_graph(prepared: ModelProto, batches: Batches) -> ModelProto:
     Inputs that are no images (a threshold, a size) become constants with the value they have in
     the calibration batches. A batch that the inputs leave free and the nodes inside fix is fixed.
 
-    Args:
-        prepared: A prepared graph. Not modified.
-        batches: Calibration batches, as ``quantize_onnx`` takes them.
-
     Raises:
         QuantizationError: such an input has another value in another batch, or a Loop does not end.
     """

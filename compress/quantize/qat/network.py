@@ -42,9 +42,7 @@ class OnnxNetwork(nn.Module):
 
     It computes in float32 whatever autocast says: int8 steps are finer than those of bf16.
 
-    Args:
-        model: A float graph whose constants are initializers, as ``compress.graph.preprocess``
-            makes it.
+    Constants of the graph are initializers, as ``compress.graph.preprocess`` makes them.
 
     Raises:
         QuantizationError: the graph has an operator without a rule in ``operators.py``.

@@ -26,12 +26,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero: Tensor, low: int, high: int) -
     This is ONNX's DequantizeLinear(QuantizeLinear(x)). The gradient of ``x`` passes where the
     value is not clipped (straight-through); that of ``scale`` is LSQ's.
 
-    Args:
-        x: Any shape, float32.
-        scale: Positive, a scalar or broadcastable to ``x``.
-        zero: Zero point, the shape of ``scale``, whole numbers.
-        low: Smallest integer.
-        high: Largest integer.
+    ``scale``, positive, and ``zero``, whole numbers, are of one shape that broadcasts to ``x``.
 
     Source: Esser et al., Learned Step Size Quantization, ICLR 2020, https://arxiv.org/abs/1902.08153,
     equations 1 to 3.
@@ -149,7 +144,6 @@ class SimulatedNetwork(OnnxNetwork):
     same writer makes that makes graphs of post-training quantization.
 
     Args:
-        model: The fp32 graph that the plan was made for, prepared or not. Not modified.
         plan: Ranges, scales, corrections (they are where training begins), layers left in float.
         learned_scales: Train the scales as well (LSQ).
 

@@ -156,11 +156,8 @@ class DistillObjective(LayerComparison, Objective):
     """The loss with the labels plus a weighted sum of losses towards a teacher.
 
     Args:
-        terms: The losses.
-        teacher: Whoever answers.
         order: Teacher's output of each class of the student, (K,); None where they agree.
         hard: The loss with the labels: cross-entropy, or that of a task.
-        hard_weight: Its weight.
         warmup_epochs: Epochs over which the losses fade in.
     """
 

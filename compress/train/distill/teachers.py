@@ -107,7 +107,6 @@ class SessionTeacher:
         session: Open session; closed by :meth:`close` if ``owned``.
         example: One image as the student gets it, (1, C, H, W).
         image_size: Side of the teacher's own input; the student's if None.
-        name: What to call it.
         owned: Whether to close the session at the end.
     """
 
@@ -149,7 +148,6 @@ class CachedTeacher:
         teacher: Asked for images that are not known yet.
         path: File of (N, K + 1) float32, shared by the processes of one machine; the last column
             holds the parity of a row's bits.
-        images: N.
     """
 
     survey: Survey | None = None

@@ -104,7 +104,8 @@ def frozen_copy(model: nn.Module, outputs: Sequence[str] | None = None) -> nn.Mo
     twin = full_copy(network_of(model))
     twin = before_nms(twin) or twin
     set_mode(twin, training=False)
-    twin.register_forward_pre_hook(_on_copies, with_kwargs=True)
+    # A traced graph cannot write into its inputs, as some networks do.
+    twin.register_forward_pre_hook(lambda _, *given: copied(given), with_kwargs=True)
     if outputs is not None:
 
         def choose(_module: nn.Module, _given: Any, output: Any) -> Any:
@@ -113,11 +114,6 @@ def frozen_copy(model: nn.Module, outputs: Sequence[str] | None = None) -> nn.Mo
 
         twin.register_forward_hook(choose)
     return twin.cpu().float().requires_grad_(False)
-
-
-def _on_copies(_module: nn.Module, args: Any, kwargs: Any) -> Any:
-    """Keep a network from writing into its inputs, which a traced graph cannot do."""
-    return copied((args, kwargs))
 
 
 @dataclass(frozen=True)

@@ -246,7 +246,9 @@ def _observed(model: nn.Module, image: Tensor) -> _Observed:
     held: list[Tensor] = []  # so that no place in memory is used twice
 
     def enter(module: nn.Module, inputs: Any, *, name: str) -> None:
-        plain = isinstance(module, _Norm) or (isinstance(module, Layer) and _groups(module) == 1)
+        plain = isinstance(module, _Norm) or (
+            isinstance(module, Layer) and getattr(module, "groups", 1) == 1
+        )
         if plain and inputs and isinstance(inputs[0], Tensor):
             for maker in makers.get(_place(inputs[0]), ()):
                 readers[maker].append((name, True))
@@ -270,10 +272,6 @@ def _observed(model: nn.Module, image: Tensor) -> _Observed:
     once = {name: answer for name, answer in found.items() if calls[name] == 1}
     channels = {name: answer.shape[1] for name, answer in once.items()}
     return _Observed(channels, {name: answer.nbytes for name, answer in once.items()}, readers)
-
-
-def _groups(layer: Any) -> int:
-    return int(getattr(layer, "groups", 1))
 
 
 def _place(tensor: Tensor) -> Any:

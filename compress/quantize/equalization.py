@@ -53,8 +53,8 @@ class _Labeller:
             "Clip": self._clip,
             "Add": self._sum,
             "Mul": self._gate,
-            "Concat": self._concat,
-            "Split": self._split,
+            "Concat": lambda node: self._whole(node, node.output[0], list(node.input)),
+            "Split": lambda node: self._whole(node, node.input[0], list(node.output)),
             "Slice": self._slice,
             "Pad": self._pad,
             "Flatten": self._flatten,
@@ -103,12 +103,6 @@ class _Labeller:
             return False
         one, other, made = (self.of(name) for name in (*node.input, node.output[0]))
         return self.join(one, other) and self.join(one, made)
-
-    def _concat(self, node: NodeProto) -> bool:
-        return self._whole(node, node.output[0], list(node.input))
-
-    def _split(self, node: NodeProto) -> bool:
-        return self._whole(node, node.input[0], list(node.output))
 
     def _slice(self, node: NodeProto) -> bool:
         """A part of the channels, or of the space of all of them."""

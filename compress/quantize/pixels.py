@@ -35,8 +35,10 @@ def with_exact_pixels(prepared: ModelProto, plan: QuantPlan, feed: Feed) -> Quan
     grids = []
     for node in graph.nodes:
         if node.name in layers and _is_first(graph, node):
-            grid = _grid_of(node.name, _values(prepared, node.input[0], feed), plan.target)
-            if grid is not None and not _is_exact(grid, plan, node.input[0]):
+            read = node.input[0]
+            values = feed[read] if read in feed else answers(prepared, feed, names=[read])[0]
+            grid = _grid_of(node.name, values, plan.target)
+            if grid is not None and not _is_exact(grid, plan, read):
                 grids.append(grid)
     if not grids:
         return plan
@@ -78,10 +80,6 @@ def _is_first(graph: GraphIndex, node: NodeProto) -> bool:
             return False
         edge += [] if maker is None else [n for n in graph.data_inputs(maker) if n not in edge]
     return True
-
-
-def _values(prepared: ModelProto, tensor: str, feed: Feed) -> NDArray[Any]:
-    return feed[tensor] if tensor in feed else answers(prepared, feed, names=[tensor])[0]
 
 
 def _grid_of(node: str, values: NDArray[Any], target: str) -> InputGrid | None:

@@ -168,15 +168,13 @@ class _BudgetSearch:
         trial = FloatTrial(names, value, drop, candidate.float_cost)
         self.trials.append(trial)
         if self.best != before:
-            self._save(written)
+            target, best = self.plan.target, self.plan_of(trial)
+            write_bytes(self.folder / f"model.{target}.onnx", written.SerializeToString())
+            best.save(self.folder / f"plan.{target}.json")
         self._note()
         unit = self.judge.metric.points
         self.counter.advance(note=f"{len(names)} in float: {drop:+.2f} {unit} lost")
         return trial
-
-    def _save(self, written: onnx.ModelProto) -> None:
-        write_bytes(self.folder / f"model.{self.plan.target}.onnx", written.SerializeToString())
-        self.plan_of(self.best).save(self.folder / f"plan.{self.plan.target}.json")
 
     def _note(self) -> None:
         trials = {json.dumps(t.float_nodes): t.value for t in self.trials}

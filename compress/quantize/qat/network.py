@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any, Protocol
 
-import numpy as np
 import onnx
 import torch
 from onnx import NodeProto, helper, numpy_helper
@@ -74,8 +73,7 @@ class OnnxNetwork(nn.Module):
             return self.scalars[name]
         if name not in self.places:
             return None
-        module, attribute = self.places[name]
-        value: Tensor = getattr(module, attribute)
+        value: Tensor = getattr(*self.places[name])
         return value
 
     def forward(self, *images: Tensor) -> Any:
@@ -113,14 +111,10 @@ class OnnxNetwork(nn.Module):
         model = deepcopy(self.model)
         for tensor in model.graph.initializer:
             if tensor.name in self.places:
-                array = self._array(tensor.name)
+                value: Tensor = getattr(*self.places[tensor.name])
+                array = value.detach().float().cpu().contiguous().numpy()
                 tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
         return model
-
-    def _array(self, name: str) -> np.ndarray[Any, Any]:
-        module, attribute = self.places[name]
-        value: Tensor = getattr(module, attribute)
-        return value.detach().float().cpu().contiguous().numpy()
 
     def _keep_constants(self, model: onnx.ModelProto) -> None:
         trained = {

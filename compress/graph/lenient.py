@@ -59,28 +59,17 @@ def _write_norms(body: GraphProto | FunctionProto, opset: int) -> None:
 
 def _by_instance(node: NodeProto) -> Iterator[NodeProto]:
     """Yield what computes a GroupNormalization that has one scale and bias for each group."""
-    made, given = (
-        node.output[0],
-        {item.name: helper.get_attribute_value(item) for item in node.attribute},
+    made, make = node.output[0], helper.make_node
+    given = {item.name: helper.get_attribute_value(item) for item in node.attribute}
+    sizes, target, grouped, normed = (
+        f"{made}_{part}" for part in ("sizes", "target", "groups", "normed")
     )
-    names = {part: f"{made}_{part}" for part in ("sizes", "target", "groups", "normed")}
-    yield helper.make_node("Shape", node.input[:1], [names["sizes"]], f"{made}_sizes")
-    yield helper.make_node(
-        "Constant", [], [names["target"]], f"{made}_target", value_ints=[0, given["num_groups"], -1]
-    )
-    yield helper.make_node(
-        "Reshape", [node.input[0], names["target"]], [names["groups"]], f"{made}_groups"
-    )
-    yield helper.make_node(
-        "InstanceNormalization",
-        [names["groups"], *node.input[1:]],
-        [names["normed"]],
-        node.name,
-        epsilon=given.get("epsilon", 1e-5),
-    )
-    yield helper.make_node(
-        "Reshape", [names["normed"], names["sizes"]], [made], f"{made}_ungrouped"
-    )
+    how = {"epsilon": given.get("epsilon", 1e-5)}
+    yield make("Shape", node.input[:1], [sizes], sizes)
+    yield make("Constant", [], [target], target, value_ints=[0, given["num_groups"], -1])
+    yield make("Reshape", [node.input[0], target], [grouped], grouped)
+    yield make("InstanceNormalization", [grouped, *node.input[1:]], [normed], node.name, **how)
+    yield make("Reshape", [normed, sizes], [made], f"{made}_ungrouped")
 
 
 def sort_nodes(graph: GraphProto) -> None:

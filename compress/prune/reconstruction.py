@@ -149,13 +149,6 @@ class _LayerFit:
             return self.layer.weight.new_zeros(len(filters_of(self.layer)))
         return self.shift
 
-    def set_bias(self, bias: Tensor) -> None:
-        """Let the layer or, when all is fitted, the norm add ``bias``, in any shape."""
-        if self.layer.bias is not None:
-            self.layer.bias.copy_(bias.reshape(-1))
-        else:
-            self.shift = bias.reshape(-1).to(self.layer.weight)
-
     def finish(self) -> None:
         """Let the norm add what the layer cannot."""
         if self.shift is not None and self.norm is not None and self.norm.running_mean is not None:
@@ -226,8 +219,10 @@ class _LayerFit:
             self.computed = fitted
         else:
             return
-        if shift is not None:
-            self.set_bias(self.bias + shift)
+        if shift is not None and self.layer.bias is not None:
+            self.layer.bias.copy_(self.bias + shift)
+        elif shift is not None:  # the norm is going to add it
+            self.shift = (self.bias + shift).to(self.layer.weight)
 
 
 def _pairs(

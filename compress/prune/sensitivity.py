@@ -72,13 +72,6 @@ class PruneSensitivity:
             found[curve.group] = share
         return found
 
-    def ranked(self) -> list[GroupCurve]:
-        """Return the curves, the one that loses the most accuracy at its smallest width first."""
-        return sorted(
-            self.curves,
-            key=lambda curve: -max(self.metric.drop(self.baseline, p.value) for p in curve.points),
-        )
-
     def to_json(self) -> dict[str, Any]:
         """Return the curves as JSON-able data."""
         data = asdict(self)

@@ -203,11 +203,7 @@ def _keep_scopes_only(graph: ir.Model) -> None:
 
 
 def _name_sizes(model: ir.Model) -> None:
-    """Call the free dimensions of images "height" and "width", whatever torch called them.
-
-    Raises:
-        ExportError: one of them is not free: the trace holds for one size.
-    """
+    """Call the free dimensions of images "height" and "width", whatever torch called them."""
     names = {4: ("height", "width"), 5: ("depth", "height", "width")}
     for value in model.graph.inputs:
         shape = value.shape
@@ -224,11 +220,7 @@ def _name_sizes(model: ir.Model) -> None:
 
 
 def _name_batch(model: ir.Model) -> None:
-    """Call the free first dimension of every input and output "batch", whatever torch called it.
-
-    Raises:
-        ExportError: the first dimension of an input is not free: the trace holds for one batch.
-    """
+    """Call the free first dimension of every input and output "batch", whatever torch called it."""
     for value in model.graph.inputs:
         if value.shape is not None and isinstance(value.shape[0], int):
             raise ExportError(

@@ -289,11 +289,7 @@ def _to_text(positions: Positions) -> str:
 
 
 def _from_text(text: str, size: int) -> Positions:
-    """Return the positions that ``_to_text`` wrote.
-
-    Raises:
-        PlanError: the text is no such row, is empty, or leaves the range 0..size-1.
-    """
+    """Return the positions that ``_to_text`` wrote."""
     ends = []
     for part in text.split(","):
         match = _RUN.fullmatch(part)

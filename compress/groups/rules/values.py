@@ -157,17 +157,23 @@ def _zeros(tracer: Tracer, left: int, right: int, before: int, after: int) -> tu
     return rows[0], rows[1]
 
 
-@rule("pixel_shuffle")
-def pixel_shuffle(tracer: Tracer, call: Call) -> None:
-    """``(C r r, H, W) -> (C, H r, W r)``: the r x r channels of one output are tied."""
-    *others, channels, height, width = tracer.axes(call.args[0])
-    tracer.freeze_each((height, width), "pixel_shuffle works along it")
+@rule("pixel_shuffle col2im")
+def shuffled(tracer: Tracer, call: Call) -> None:
+    """Several channels, or places of a window, to one of C on a larger map: they are tied.
+
+    ``(C r r, H, W) -> (C, H r, W r)``, and fold: ``(C x window, places) -> (C, H, W)``.
+    """
+    is_fold = call.name == "col2im"
+    axes, name = tracer.axes(call.args[0]), "fold" if is_fold else call.name
+    *others, channels = axes[: -1 if is_fold else -2]
+    tracer.freeze_each(axes[-1 if is_fold else -2 :], f"{name} works along it")
     if channels is not None:
-        rows = channels.reshape(-1, call.args[1] ** 2)
+        rows = channels.reshape(-1, math.prod(call.args[2]) if is_fold else call.args[1] ** 2)
         tracer.constraints.tie(rows.T)
-        channels = rows[:, 0].copy() if len(rows) > 1 else None
-        if channels is None:
+        channels = rows[:, 0].copy()
+        if len(rows) == 1 and not is_fold:
             tracer.freeze(rows.ravel(), "pixel_shuffle makes one channel of them")
+            channels = None
     tracer.label(call.outputs[0], [*others, channels, None, None])
 
 
@@ -181,18 +187,6 @@ def unfold(tracer: Tracer, call: Call) -> None:
     if channels is not None:
         channels = np.repeat(channels, out.shape[len(others)] // len(channels))
     tracer.label(out, [*others, channels, *(None,) * (out.ndim - len(others) - 1)])
-
-
-@rule("col2im")
-def fold(tracer: Tracer, call: Call) -> None:
-    """``(C x window, places) -> (C, H, W)``: what the places of a window hold of C is tied."""
-    *others, channels, places = tracer.axes(call.args[0])
-    tracer.freeze(places, "fold works along it")
-    if channels is not None:
-        rows = channels.reshape(-1, math.prod(call.args[2]))
-        tracer.constraints.tie(rows.T)
-        channels = rows[:, 0].copy()
-    tracer.label(call.outputs[0], [*others, channels, None, None])
 
 
 @rule("glu")

@@ -182,7 +182,7 @@ def _write_single(graph: EditableGraph, kind: ir.DataType) -> None:
         hint = f"{value.name}_single"
         back = graph.add("Cast", [value], f"{value.name}_cast", to=int(kind))
         graph.hand_over(value, back, hint)
-        back.dtype = kind
+        back.type = ir.TensorType(kind)  # not the one it was handed
 
 
 def _as_single(tensor: ir.TensorProtocol) -> ir.TensorProtocol:

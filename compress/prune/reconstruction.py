@@ -21,9 +21,10 @@ from compress.modules.inputs import copied, read_batches
 from compress.progress import track
 from compress.prune.batchnorm import rebase_batchnorm
 from compress.prune.forward_passes import EnoughSeen, Join, Rectifier, Replay, Sums, followers
-from compress.prune.ridge import ENOUGH, Ridge
 from compress.prune.windows import (
+    ENOUGH,
     Layer,
+    Ridge,
     Transposed,
     answered_rows,
     computed_from,

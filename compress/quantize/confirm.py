@@ -35,8 +35,14 @@ from compress.quantize.remedies import (
     needed_in_float,
     with_headroom,
 )
-from compress.quantize.sessions import CannotRunError
-from compress.quantize.sqnr import answers, answers_each, closeness, portions, sqnr_each
+from compress.quantize.sessions import (
+    CannotRunError,
+    answers,
+    answers_each,
+    closeness,
+    portions,
+    sqnr_each,
+)
 from compress.quantize.workbench import Workbench
 from compress.runtimes import BuildRequest
 

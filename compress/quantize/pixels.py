@@ -15,7 +15,7 @@ from compress.qdq.placement import place
 from compress.qdq.plan import ActivationRange, InputGrid, QuantPlan
 from compress.qdq.writer import quantizer
 from compress.quantize.images import Feed
-from compress.quantize.sqnr import answers
+from compress.quantize.sessions import answers
 
 _MOST = 8  # channels of an image
 _SIGNED_ZERO = 128  # of integers from -128 to 127

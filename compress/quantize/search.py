@@ -18,7 +18,7 @@ from compress.qdq.plan import QuantPlan
 from compress.quantize.equalization import is_depthwise
 from compress.quantize.images import images_in
 from compress.quantize.remedies import refitted_with_headroom
-from compress.quantize.sqnr import Closeness, mean_db, sqnr_text, weakest_db
+from compress.quantize.sessions import Closeness, mean_db, sqnr_text, weakest_db
 from compress.quantize.workbench import Workbench
 
 POOR_DB = 15.0  # of the weakest output: above it nothing is looked for

@@ -27,7 +27,7 @@ from compress.models import check_forward
 from compress.models.references import check_reference
 from compress.modules.detectors import before_nms, size_inside
 from compress.qdq import TARGETS
-from compress.quantize.sqnr import sqnr_db
+from compress.quantize.sessions import sqnr_db
 from compress.tasks import load_task
 
 CLASSES = ("a", "b", "c")

@@ -13,7 +13,7 @@ from torch import nn
 from compress.export import export_onnx
 from compress.qdq.lint import lint_onnx
 from compress.quantize import quantize_onnx
-from compress.quantize.sqnr import answers, sqnr_db
+from compress.quantize.sessions import answers, sqnr_db
 
 SAID = ("layerType", "originalLayersNames", "runtimePrecision")
 

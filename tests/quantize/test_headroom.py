@@ -22,7 +22,7 @@ from compress.quantize.remedies import (
     with_headroom,
 )
 from compress.quantize.search import auto
-from compress.quantize.sqnr import mean_db
+from compress.quantize.sessions import mean_db
 
 
 def saturating(codes, activations):

@@ -21,7 +21,7 @@ from compress.quantize.images import CalibrationImages
 from compress.quantize.layerwise import channel_means, find_shift, some_positions
 from compress.quantize.notes import bearing_images, by_reason, decided, of_judging
 from compress.quantize.search import Trial, auto, depthwise_layers_apart, first_layers, spare_layers
-from compress.quantize.sqnr import Closeness, closeness
+from compress.quantize.sessions import Closeness, closeness
 from compress.quantize.workbench import Workbench
 
 

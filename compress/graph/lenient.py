@@ -20,8 +20,9 @@ def write_plainly(model: ModelProto) -> None:
 
     Runtimes read such files as they were meant. It is changed in place.
     """
-    if model.ir_version < 4 and _has_own_weights(model.graph):
-        model.ir_version = 4  # before, all weights were inputs
+    inputs = {value.name for value in model.graph.input}
+    if not inputs.issuperset(tensor.name for tensor in model.graph.initializer):
+        model.ir_version = max(model.ir_version, 4)  # before, all weights were inputs
     for body in (model, *model.functions):
         parts = list(graphs_in(body.graph if isinstance(body, ModelProto) else body))
         named = {each.domain or "ai.onnx" for each in body.opset_import}
@@ -34,11 +35,6 @@ def write_plainly(model: ModelProto) -> None:
         )
         for part in parts:
             _write_norms(part, opset)
-
-
-def _has_own_weights(graph: GraphProto) -> bool:
-    inputs = {value.name for value in graph.input}
-    return any(tensor.name not in inputs for tensor in graph.initializer)
 
 
 def _write_norms(body: GraphProto | FunctionProto, opset: int) -> None:

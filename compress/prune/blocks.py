@@ -69,7 +69,9 @@ def refit_blocks(
         if not blocks:
             raise _no_block()
         count = sum(map(len, images))
-        images = _regrouped(images, max(block.mib for block in blocks))
+        if len({batch.shape[1:] for batch in images}) == 1:
+            size = int(STEP_MIB / max(block.mib for block in blocks))  # of a batch for one step
+            images = list(torch.split(torch.cat(images), max(1, min(IMAGES, size))))
         with torch.no_grad():
             known, fitted = (Replay(net, images[0][:1], count) for net in (original, pruned))
         for block in track(blocks, "refit blocks", len(blocks)):
@@ -108,13 +110,6 @@ class _Block:
     kept: Any  # positions, None = all
     weights: tuple[nn.Parameter, ...]  # that no other module has
     mib: float  # of what all its modules answer for one image
-
-
-def _regrouped(batches: Sequence[Tensor], mib: float) -> list[Tensor]:
-    """Return the images in batches for one step each; as they are where their sizes differ."""
-    if len({batch.shape[1:] for batch in batches}) > 1:
-        return list(batches)
-    return list(torch.split(torch.cat(list(batches)), max(1, min(IMAGES, int(STEP_MIB / mib)))))
 
 
 def _blocks(pruned: nn.Module, original: nn.Module, plan: PrunePlan, image: Tensor) -> list[_Block]:

@@ -226,7 +226,7 @@ def _products(
         for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
             product = (weight * gradient).detach()
             for dim in places[name]:
-                rows[name, dim].append(summed(product, dim).cpu())
+                rows[name, dim].append(summed_along(product, dim).cpu())
     return Evidence(products={key: torch.stack(row) for key, row in rows.items()})
 
 
@@ -249,7 +249,7 @@ def _curvatures(
         for (name, weight), z, hz in zip(weights.items(), signs, second, strict=True):
             cost = (0.5 * weight.square() * z * hz).detach()
             for dim in places[name]:
-                totals[name, dim] += summed(cost, dim).cpu()
+                totals[name, dim] += summed_along(cost, dim).cpu()
     return Evidence(curvatures={key: total / samples for key, total in totals.items()})
 
 
@@ -266,7 +266,7 @@ def run_on_leaves(
     return weights, _run(model, inputs, weights)
 
 
-def summed(tensor: Tensor, dim: int) -> Tensor:
+def summed_along(tensor: Tensor, dim: int) -> Tensor:
     """Return the sum over all dimensions but ``dim``: (D,)."""
     return tensor.movedim(dim, 0).reshape(tensor.shape[dim], -1).sum(1)
 

@@ -18,7 +18,7 @@ from compress.modules.inputs import read_batches
 from compress.modules.objective import Objective
 from compress.prune.criteria.lamp import shares_of_larger
 from compress.prune.loss import FittingLoss
-from compress.prune.saliency import Batches, run_on_leaves, summed
+from compress.prune.saliency import Batches, run_on_leaves, summed_along
 from compress.prune.selection import Ranking, one_budget
 
 Pattern = Literal["unstructured", "2:4"]
@@ -252,7 +252,7 @@ class GroupLasso:
     def _squares(self, weights: dict[str, nn.Parameter]) -> dict[tuple[str, int], Tensor]:
         """Return the summed squares of each position along each dimension that is cut."""
         wanted = {place[:2]: None for _, places in self._groups for place in places}
-        return {(name, dim): summed(weights[name].square(), dim) for name, dim in wanted}
+        return {(name, dim): summed_along(weights[name].square(), dim) for name, dim in wanted}
 
 
 class WithGroupLasso(Objective):

@@ -58,7 +58,11 @@ class OnnxNetwork(nn.Module):
                 expected=f"one of {', '.join(sorted(OPERATORS))}",
                 fix="Quantize without qat, or replace this layer",
             )
-        self.steps = [(n, _attributes(n)) for n in model.graph.node]
+        nodes = model.graph.node
+        given = ({a.name: helper.get_attribute_value(a) for a in n.attribute} for n in nodes)
+        self.steps = [  # before opset 18 a Split does not say how many outputs it has
+            (n, {"num_outputs": len(n.output), **own}) for n, own in zip(nodes, given, strict=True)
+        ]
         self.inputs = [v.name for v in model.graph.input]
         self.layout = input_facts(model).get("layout")
         self.outputs = [v.name for v in model.graph.output]
@@ -150,11 +154,6 @@ class OnnxNetwork(nn.Module):
         if not last or hasattr(module, last):
             return self, f"constant_{len(self.places)}"
         return module, last
-
-
-def _attributes(node: NodeProto) -> dict[str, Any]:
-    given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    return {"num_outputs": len(node.output), **given}  # before opset 18 a Split does not say it
 
 
 def _last_uses(nodes: Sequence[NodeProto]) -> dict[int, list[str]]:

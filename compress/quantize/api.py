@@ -54,9 +54,10 @@ def quantize_by_nncf(prepared: ModelProto, feed: Feed) -> ModelProto:
     return written
 
 
-def plan_by_nncf(prepared: ModelProto, feed: Feed, plan: QuantPlan) -> QuantPlan:
-    """Return ``plan`` with the ranges and biases of NNCF where it has any."""
-    graph = GraphIndex(quantize_by_nncf(prepared, feed))
+def by_nncf(bench: Workbench) -> QuantPlan:
+    """Return a plan with the ranges and biases of NNCF where it has any; our writer writes it."""
+    prepared, plan = bench.prepared, bench.ranges()
+    graph = GraphIndex(quantize_by_nncf(prepared, bench.fitted))
     ranges = dict(plan.activations)
     for node in graph.nodes:
         if node.op_type == "QuantizeLinear" and node.input[0] in ranges:
@@ -71,7 +72,7 @@ def plan_by_nncf(prepared: ModelProto, feed: Feed, plan: QuantPlan) -> QuantPlan
         new, old = graph.constant(node.input[2]), before.constant((*original.input, "")[2])
         if new is not None and (old is None or not np.array_equal(new, old)):
             biases[node.name] = tuple(float(b) for b in new.reshape(-1))
-    return plan.changed(activations=ranges, biases=biases)
+    return begin_below_zero(plan.changed(activations=ranges, biases=biases), prepared)
 
 
 def _range(graph: GraphIndex, scale_name: str, zero_name: str) -> ActivationRange:
@@ -93,39 +94,17 @@ ALL_FLOAT = "nothing is int8: all of it stays in float"
 Method = Callable[[Workbench], QuantPlan]
 
 
-def plain(bench: Workbench) -> QuantPlan:
-    """Ranges only."""
-    return bench.ranges()
-
-
-def bias_correction(bench: Workbench) -> QuantPlan:
-    """Ranges, weight scales by search, biases corrected layer by layer."""
-    return bench.corrected(bench.scaled(bench.ranges()))
-
-
-def equalization(bench: Workbench, alpha: float = 0.5) -> QuantPlan:
-    """Channels equalized, then as in bias-correction."""
-    return bench.corrected(bench.scaled(bench.equalized(bench.ranges(), alpha)))
-
-
-def rounding(bench: Workbench) -> QuantPlan:
-    """Weights rounded with feedback and biases corrected, layer by layer."""
-    return bench.rounded(bench.ranges())
-
-
-def nncf(bench: Workbench) -> QuantPlan:
-    """Ranges and biases of NNCF, written by our writer."""
-    plan = plan_by_nncf(bench.prepared, bench.fitted, bench.ranges())
-    return begin_below_zero(plan, bench.prepared)
-
-
 METHODS: Mapping[str, Method] = {
     "auto": auto,
-    "plain": plain,
-    "bias-correction": bias_correction,
-    "equalization": equalization,
-    "rounding": rounding,
-    "nncf": nncf,
+    "plain": lambda bench: bench.ranges(),
+    # Weight scales by search, biases corrected layer by layer.
+    "bias-correction": lambda bench: bench.corrected(bench.scaled(bench.ranges())),
+    "equalization": lambda bench: bench.corrected(
+        bench.scaled(bench.equalized(bench.ranges(), alpha=0.5))
+    ),
+    # With feedback, and biases corrected, layer by layer.
+    "rounding": lambda bench: bench.rounded(bench.ranges()),
+    "nncf": by_nncf,
 }
 FOR_FIXED_BATCHES = frozenset({"auto", "plain"})
 UNFITTED = "weights and biases are not fitted to images: the batch size is fixed in the graph"

@@ -258,7 +258,7 @@ class _Search:
         many = self.bench.statistics.images >= _MANY
         gain = found.found.gain_over(self.best.found)
         kept = not found.falls_below(self.best) and gain > (_GAIN_DB if many else -_WIDER_DB)
-        self.notes.append(f"{observer} ranges: {_told(found.found)}, {'not ' * (not kept)}kept")
+        self.notes.append(f"{observer} ranges: {_told(found.found)}, {_kept(kept)}")
         if kept:
             self.best = self.plain = found
         self.counter.advance(_RANGES, note=f"best {_told(self.best.found)}")
@@ -288,10 +288,8 @@ class _Search:
             found = Trial(plan, self.bench.judge(plan))
             falls = found.falls_below(self.plain)
             kept = not falls and found.exceeds(self.best)
-            verdict = (
-                "kept" if kept else "not kept" + ": an output falls below plain ranges" * falls
-            )
-            self.notes += [f"{what}: {_told(found.found)}, {verdict}", *plan.notes]
+            why = ": an output falls below plain ranges" * falls
+            self.notes += [f"{what}: {_told(found.found)}, {_kept(kept)}{why}", *plan.notes]
             if kept:
                 self.best = found
         self.counter.advance(effort, note=f"best {_told(self.best.found)}")
@@ -312,8 +310,7 @@ class _Search:
         found = Trial(plan, self.bench.judge(plan))
         gain = found.found.sure_gain_over(self.best.found)
         kept = not found.falls_below(self.best) and gain > least_db
-        verdict = f"{'not ' * (not kept)}kept"
-        self.notes.append(f"{what} in float: {_told(found.found)}, {verdict}")
+        self.notes.append(f"{what} in float: {_told(found.found)}, {_kept(kept)}")
         if kept:
             self.best = found
 
@@ -357,6 +354,10 @@ class _Search:
         if done:
             self.notes.append(f"{' and '.join(done)}: {_told(found.found)}, kept")
         return plan.changed(notes=tuple(dict.fromkeys(self.notes)))
+
+
+def _kept(is_kept: bool) -> str:
+    return "kept" if is_kept else "not kept"
 
 
 def _told(found: Closeness) -> str:

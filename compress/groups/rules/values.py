@@ -158,7 +158,7 @@ def _zeros(tracer: Tracer, left: int, right: int, before: int, after: int) -> tu
 
 
 @rule("pixel_shuffle col2im")
-def shuffled(tracer: Tracer, call: Call) -> None:
+def onto_larger_map(tracer: Tracer, call: Call) -> None:
     """Several channels, or places of a window, to one of C on a larger map: they are tied.
 
     ``(C r r, H, W) -> (C, H r, W r)``, and fold: ``(C x window, places) -> (C, H, W)``.

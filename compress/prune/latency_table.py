@@ -60,11 +60,8 @@ class LatencyTable:
     The channels of a layer span a plane. It is divided into cells; the corners of a cell that a
     question falls into are measured, and its centre. Where the centre lies on the plane through the
     corners to ``SMOOTH``, the cell is interpolated; else it is divided in four. What is measured
-    once is never measured again, in this process or the next.
-
-    Args:
-        measure: Returns the milliseconds of a layer: (shape, inputs, outputs) -> ms.
-        file: Where measurements are kept; None keeps them in memory only.
+    once is never measured again, in this process or the next: without a ``file`` in this one alone.
+    ``measure`` returns the milliseconds of a layer: (shape, inputs, outputs) -> ms.
     """
 
     def __init__(self, measure: Measure, file: Path | None = None) -> None:

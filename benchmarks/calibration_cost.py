@@ -95,7 +95,7 @@ def ort_calibrate(path: Path, count: int, method: str) -> None:
 def nncf_calibrate(path: Path, count: int, *, fast: bool) -> None:
     import onnx
 
-    from compress.quantize.nncf import import_nncf
+    from compress.quantize.api import import_nncf
 
     nncf = import_nncf()
     data = nncf.Dataset(_Lazy(count), lambda image: {"input": image})
@@ -148,7 +148,7 @@ def load_packages(method: str) -> None:
     import onnxruntime
 
     if method.startswith("nncf"):
-        from compress.quantize.nncf import import_nncf
+        from compress.quantize.api import import_nncf
 
         import_nncf()
     elif method.startswith("ours"):

@@ -39,7 +39,7 @@ from compress.evaluate import Evaluation
 from compress.measure import count_module
 from compress.packages import version
 from compress.prune import plan_pruning, recalibrate_batchnorm, refit
-from compress.quantize.sqnr import answers, sqnr_db
+from compress.quantize.sessions import answers, sqnr_db
 from compress.recipe.settings import AugmentSettings, DataSettings, TrainSettings
 from compress.train import shown_batches, train
 

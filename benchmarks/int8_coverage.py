@@ -29,8 +29,7 @@ from compress.export import export_onnx
 from compress.qdq import TARGETS, read_onnx
 from compress.qdq.lint import lint_onnx
 from compress.quantize import quantize_targets
-from compress.quantize.sessions import session_of
-from compress.quantize.sqnr import answers, sqnr_db
+from compress.quantize.sessions import answers, session_of, sqnr_db
 
 RESULTS = Path(__file__).parent / "results" / "int8_coverage.json"
 FLOAT_KERNELS = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul")

@@ -85,7 +85,7 @@ def quantize_feeds(peer: str, path: Path, feeds: list[dict[str, np.ndarray]], ou
     if next(o.version for o in model.opset_import if not o.domain) < 13:
         model = onnx.version_converter.convert_version(model, 17)
     if peer.startswith("nncf"):
-        from compress.quantize.nncf import import_nncf
+        from compress.quantize.api import import_nncf
 
         nncf = import_nncf()
         full = {"fast_bias_correction": peer == "nncf fast"}
@@ -138,7 +138,7 @@ class Reader:
 def _nncf(path: Path, images: np.ndarray, out: Path) -> None:
     import onnx
 
-    from compress.quantize.nncf import import_nncf
+    from compress.quantize.api import import_nncf
 
     nncf = import_nncf()
     items = [{"input": images[i : i + 1]} for i in range(len(images))]

@@ -24,7 +24,7 @@ import onnx
 
 from compress import environment
 from compress.quantize import quantize_onnx
-from compress.quantize.sqnr import answers, sqnr_db
+from compress.quantize.sessions import answers, sqnr_db
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CALIBRATION = 512

@@ -34,7 +34,7 @@ import onnx
 import real_files
 
 from compress.quantize import quantize_onnx
-from compress.quantize.sqnr import sqnr_db
+from compress.quantize.sessions import sqnr_db
 from compress.runtimes import open_session
 
 HELD_BACK = 48  # images that judge: what detectors look for is on few of them

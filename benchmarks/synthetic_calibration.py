@@ -25,7 +25,7 @@ import compress
 from compress import environment
 from compress.data import load_data
 from compress.quantize import quantize_onnx
-from compress.quantize.sqnr import answers
+from compress.quantize.sessions import answers
 from compress.recipe.settings import DataSettings
 from compress.statistics import accuracy_change_interval
 

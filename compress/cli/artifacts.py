@@ -64,7 +64,7 @@ def export(
 
     from compress.evaluate.feeding import carried
     from compress.export import export_onnx
-    from compress.graph.nms import Nms
+    from compress.graph.ends import Nms
     from compress.measure import count_module, count_onnx, size_mib
     from compress.models import check_forward, load_model, model_folder
 

@@ -16,8 +16,8 @@ from compress import plugins
 from compress.data import Dataset, given_normalization
 from compress.errors import EngineError, UnknownNameError, UsageError
 from compress.graph import files
-from compress.graph.batch import input_axes, leading
 from compress.graph.metadata import CARRIED, FITTING, input_facts, layout_of, metadata
+from compress.graph.shapes import input_axes, leading
 from compress.recipe.settings import DataSettings
 from compress.runtimes import Session, TensorSpec, build_record, open_session
 

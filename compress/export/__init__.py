@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from compress.artifact import check_no_folder, replacing
 from compress.errors import CompressError, ExportError, boundary
-from compress.export import conversion, io_wrapping, proof
+from compress.export import conversion, proof
 from compress.export.conversion import DEFAULT_OPSET, Free
-from compress.export.io_wrapping import Preprocess
+from compress.graph import ends
+from compress.graph.ends import Nms, Preprocess
 from compress.graph.metadata import PREFIX, as_text, metadata
-from compress.graph.nms import Nms
 from compress.modules import with_gradients
 from compress.modules.outputs import as_places
 
@@ -97,13 +97,13 @@ def export_onnx(  # noqa: PLR0913 - the published signature; each option stands 
                 written, module, example, program.exported_program, images=check_images
             )
             if preprocess is not None or softmax:
-                io_wrapping.attach(graph, preprocess, softmax=softmax)
-                facts |= io_wrapping.wrapping_facts(preprocess, softmax)
+                ends.attach(graph, preprocess, softmax=softmax)
+                facts |= ends.wrapping_facts(preprocess, softmax)
                 _save(graph, written, facts)
                 proof.check_ends(written, module, example, preprocess, softmax=softmax)
             if nms is not None:
                 heads = graph.graph.outputs[0]
-                nms.attach(graph.graph)
+                nms.attach(graph)
                 proof.check_nms(graph, heads, nms)
                 _save(graph, written, facts)
     except CompressError as error:

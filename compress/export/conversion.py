@@ -104,7 +104,8 @@ def frozen_copy(model: nn.Module, outputs: Sequence[str] | None = None) -> nn.Mo
     twin = full_copy(network_of(model))
     twin = before_nms(twin) or twin
     set_mode(twin, training=False)
-    twin.register_forward_pre_hook(_on_copies, with_kwargs=True)
+    # A traced graph cannot write into its inputs, as some networks do.
+    twin.register_forward_pre_hook(lambda _, *given: copied(given), with_kwargs=True)
     if outputs is not None:
 
         def choose(_module: nn.Module, _given: Any, output: Any) -> Any:
@@ -113,11 +114,6 @@ def frozen_copy(model: nn.Module, outputs: Sequence[str] | None = None) -> nn.Mo
 
         twin.register_forward_hook(choose)
     return twin.cpu().float().requires_grad_(False)
-
-
-def _on_copies(_module: nn.Module, args: Any, kwargs: Any) -> Any:
-    """Keep a network from writing into its inputs, which a traced graph cannot do."""
-    return copied((args, kwargs))
 
 
 @dataclass(frozen=True)
@@ -207,11 +203,7 @@ def _keep_scopes_only(graph: ir.Model) -> None:
 
 
 def _name_sizes(model: ir.Model) -> None:
-    """Call the free dimensions of images "height" and "width", whatever torch called them.
-
-    Raises:
-        ExportError: one of them is not free: the trace holds for one size.
-    """
+    """Call the free dimensions of images "height" and "width", whatever torch called them."""
     names = {4: ("height", "width"), 5: ("depth", "height", "width")}
     for value in model.graph.inputs:
         shape = value.shape
@@ -228,11 +220,7 @@ def _name_sizes(model: ir.Model) -> None:
 
 
 def _name_batch(model: ir.Model) -> None:
-    """Call the free first dimension of every input and output "batch", whatever torch called it.
-
-    Raises:
-        ExportError: the first dimension of an input is not free: the trace holds for one batch.
-    """
+    """Call the free first dimension of every input and output "batch", whatever torch called it."""
     for value in model.graph.inputs:
         if value.shape is not None and isinstance(value.shape[0], int):
             raise ExportError(

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from compress.errors import ExportError, reason_of
 from compress.export.conversion import Example, Free, module_outputs
-from compress.export.io_wrapping import Preprocess
-from compress.graph.nms import OUTPUT, Nms
+from compress.graph.ends import OUTPUT, Nms, Preprocess
 from compress.modules import full_copy
 
 TOLERANCE = 1e-4  # largest difference, relative to the largest magnitude of an output

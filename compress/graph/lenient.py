@@ -20,8 +20,9 @@ def write_plainly(model: ModelProto) -> None:
 
     Runtimes read such files as they were meant. It is changed in place.
     """
-    if model.ir_version < 4 and _has_own_weights(model.graph):
-        model.ir_version = 4  # before, all weights were inputs
+    inputs = {value.name for value in model.graph.input}
+    if not inputs.issuperset(tensor.name for tensor in model.graph.initializer):
+        model.ir_version = max(model.ir_version, 4)  # before, all weights were inputs
     for body in (model, *model.functions):
         parts = list(graphs_in(body.graph if isinstance(body, ModelProto) else body))
         named = {each.domain or "ai.onnx" for each in body.opset_import}
@@ -34,11 +35,6 @@ def write_plainly(model: ModelProto) -> None:
         )
         for part in parts:
             _write_norms(part, opset)
-
-
-def _has_own_weights(graph: GraphProto) -> bool:
-    inputs = {value.name for value in graph.input}
-    return any(tensor.name not in inputs for tensor in graph.initializer)
 
 
 def _write_norms(body: GraphProto | FunctionProto, opset: int) -> None:
@@ -59,28 +55,17 @@ def _write_norms(body: GraphProto | FunctionProto, opset: int) -> None:
 
 def _by_instance(node: NodeProto) -> Iterator[NodeProto]:
     """Yield what computes a GroupNormalization that has one scale and bias for each group."""
-    made, given = (
-        node.output[0],
-        {item.name: helper.get_attribute_value(item) for item in node.attribute},
+    made, make = node.output[0], helper.make_node
+    given = {item.name: helper.get_attribute_value(item) for item in node.attribute}
+    sizes, target, grouped, normed = (
+        f"{made}_{part}" for part in ("sizes", "target", "groups", "normed")
     )
-    names = {part: f"{made}_{part}" for part in ("sizes", "target", "groups", "normed")}
-    yield helper.make_node("Shape", node.input[:1], [names["sizes"]], f"{made}_sizes")
-    yield helper.make_node(
-        "Constant", [], [names["target"]], f"{made}_target", value_ints=[0, given["num_groups"], -1]
-    )
-    yield helper.make_node(
-        "Reshape", [node.input[0], names["target"]], [names["groups"]], f"{made}_groups"
-    )
-    yield helper.make_node(
-        "InstanceNormalization",
-        [names["groups"], *node.input[1:]],
-        [names["normed"]],
-        node.name,
-        epsilon=given.get("epsilon", 1e-5),
-    )
-    yield helper.make_node(
-        "Reshape", [names["normed"], names["sizes"]], [made], f"{made}_ungrouped"
-    )
+    how = {"epsilon": given.get("epsilon", 1e-5)}
+    yield make("Shape", node.input[:1], [sizes], sizes)
+    yield make("Constant", [], [target], target, value_ints=[0, given["num_groups"], -1])
+    yield make("Reshape", [node.input[0], target], [grouped], grouped)
+    yield make("InstanceNormalization", [grouped, *node.input[1:]], [normed], node.name, **how)
+    yield make("Reshape", [normed, sizes], [made], f"{made}_ungrouped")
 
 
 def sort_nodes(graph: GraphProto) -> None:

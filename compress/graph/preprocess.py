@@ -16,8 +16,6 @@ from onnx_ir.passes import common as passes
 
 from compress.errors import EngineError, QuantizationError
 from compress.graph import files
-from compress.graph.convolutions import take_dilation, take_padding
-from compress.graph.fused import OF_ONE_CPU, unfused
 from compress.graph.lenient import modern
 from compress.graph.model import (
     WEIGHTED,
@@ -27,6 +25,7 @@ from compress.graph.model import (
     fresh_name,
     layers_inside,
 )
+from compress.graph.plain import OF_ONE_CPU, to_single, unfused
 from compress.graph.rewrites import (
     is_spatial_mean,
     join_hard_swish,
@@ -34,9 +33,10 @@ from compress.graph.rewrites import (
     pad_every_axis,
     pad_plainly,
     say_plainly,
+    take_dilation,
+    take_padding,
     write_pool,
 )
-from compress.graph.single import to_single
 from compress.graph.transposes import cancel_transposes, drop_reshapes
 from compress.graph.values import (
     EditableGraph,
@@ -95,7 +95,7 @@ def prepare(model: ModelProto, where: str = "the ONNX graph", *, fold: bool = Tr
     _refuse_of_one_cpu(prepared, where)
     files.free_negative_sizes(prepared.graph)
     prepared = without_functions(prepared)  # runtimes do not know the operators of others
-    to_single(prepared)
+    prepared = to_single(prepared)
     prepared.ir_version = max(prepared.ir_version, 8)  # before 4 all weights were inputs
     prepared = unfused(modern(prepared, where))
     infer_shapes(prepared, where)  # some exporters leave outputs without

@@ -49,14 +49,8 @@ def _moved(graph: EditableGraph, node: ir.Node) -> bool:
     if node.op_type == "Transpose":
         return _joined(graph, node)
     rule = _RULES.get(node.op_type)
-    order = _order_before(node)
-    return rule is not None and order is not None and rule(graph, node, order)
-
-
-def _order_before(node: ir.Node) -> Order | None:
-    """Return the order of the transposes that ``node`` reads, if it is one; None if none."""
-    found = [o for o in (_order_of(maker(value)) for value in node.inputs) if o is not None]
-    return found[0] if found and len(set(found)) == 1 else None
+    orders = {order for value in node.inputs if (order := _order_of(maker(value))) is not None}
+    return rule is not None and len(orders) == 1 and rule(graph, node, orders.pop())
 
 
 def _order_of(node: ir.Node | None) -> Order | None:

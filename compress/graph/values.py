@@ -19,14 +19,13 @@ KNOWN = frozenset({"", "ai.onnx", "com.microsoft", "org.openvinotoolkit"})  # do
 
 
 class EditableGraph:
-    """A copy of a model on onnx_ir: to change nodes, or to walk a graph value by value.
+    """A copy of a file's model on onnx_ir, or one that is there: to change, or to walk by values.
 
     To look tensors of a file up by name, ``GraphIndex`` is made in a tenth of the time.
     """
 
-    def __init__(self, model: ModelProto) -> None:
-        _refuse_maps(model)
-        self.model = ir.from_proto(model)
+    def __init__(self, model: ModelProto | ir.Model) -> None:
+        self.model = model if isinstance(model, ir.Model) else _as_ir(model)
         self.body = self.model.graph
         names = {value.name for value in (*self.body.inputs, *self.body.initializers.values())}
         for node in self.nodes:
@@ -71,11 +70,22 @@ class EditableGraph:
 
         The node has the name of its output, or is named after ``name``.
         """
-        output = self._free(hint)
-        node = ir.node(op, inputs, attributes, name=output if name is None else self._free(name))
-        node.outputs[0].name = output
-        self.body.append(node)
-        return node.outputs[0]
+        (value,) = self.add_several(op, inputs, [hint], name, **attributes)
+        return value
+
+    def add_several(
+        self,
+        op: str,
+        inputs: Sequence[ir.Value | None],
+        hints: Sequence[str],
+        name: str | None = None,
+        **attributes: Any,
+    ) -> list[ir.Value]:
+        """Add a node with one output for each of ``hints``, as ``add`` does, and return them."""
+        outputs = [ir.Value(name=self._free(hint)) for hint in hints]
+        own = outputs[0].name if name is None else self._free(name)
+        self.body.append(ir.node(op, inputs, attributes, outputs=outputs, name=own))
+        return outputs
 
     def substitute(
         self, node: ir.Node, op: str, inputs: Sequence[ir.Value | None], **attributes: Any
@@ -146,8 +156,8 @@ class EditableGraph:
         return fresh_name(self._taken, hint)
 
 
-def _refuse_maps(model: ModelProto) -> None:
-    """Raise ModelError for an output that is a map, which onnx_ir cannot hold."""
+def _as_ir(model: ModelProto) -> ir.Model:
+    """Return a copy; raise ModelError for an output that is a map, which onnx_ir cannot hold."""
     for output in model.graph.output:
         if _is_map(output.type):
             raise ModelError(
@@ -155,6 +165,7 @@ def _refuse_maps(model: ModelProto) -> None:
                 expected="tensors",
                 fix="Export it without ZipMap: skl2onnx's options={'zipmap': False}",
             )
+    return ir.from_proto(model)
 
 
 def _is_map(kind: TypeProto) -> bool:

@@ -105,10 +105,6 @@ def _conv(module: Any) -> dict[str, int]:
     return {"in_channels": columns * module.groups, "out_channels": rows}
 
 
-def _linear(module: Any) -> dict[str, int]:
-    return dict(zip(("out_features", "in_features"), _weight(module).shape, strict=True))
-
-
 def _batch_norm(module: Any) -> dict[str, int]:
     return {
         "num_features": len(module.weight if module.running_mean is None else module.running_mean)
@@ -135,7 +131,10 @@ def _attention(module: Any) -> dict[str, int]:
 
 _FOLLOWERS: tuple[tuple[Any, Callable[[Any], dict[str, Any]]], ...] = (
     (nn.modules.conv._ConvNd, _conv),
-    (nn.Linear, _linear),
+    (
+        nn.Linear,
+        lambda m: dict(zip(("out_features", "in_features"), _weight(m).shape, strict=True)),
+    ),
     (nn.modules.batchnorm._NormBase, _batch_norm),
     (
         (nn.LayerNorm, nn.RMSNorm),

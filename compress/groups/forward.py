@@ -134,18 +134,23 @@ def program_place() -> Place:
     A network made of PyTorch's modules alone has no program of its own: then it is the line of
     PyTorch that called the op.
     """
-    frame: types.FrameType | None = sys._getframe(1)
     innermost: Place | None = None
-    while frame is not None:
-        code = frame.f_code
-        if not _is_foreign(code):
-            return code.co_filename, frame.f_lineno
-        if innermost is None and not code.co_filename.startswith(_OURS):
-            innermost = code.co_filename, frame.f_lineno
-        if code.co_name == "run_traced" and code.co_filename.startswith(_OURS):
-            break
-        frame = frame.f_back
+    for frame in _frames():
+        place = frame.f_code.co_filename, frame.f_lineno
+        if not _is_foreign(frame.f_code):
+            return place
+        if innermost is None and not place[0].startswith(_OURS):
+            innermost = place
     return innermost or ("", 0)
+
+
+def _frames() -> Iterator[types.FrameType]:
+    """Yield the frames that run now, from the innermost out to that of ``run_traced``."""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        is_ours = frame.f_code.co_filename.startswith(_OURS)
+        frame = None if is_ours and frame.f_code.co_name == "run_traced" else frame.f_back
 
 
 _ROUNDING = frozenset(("int", "round", "floor", "ceil", "trunc"))
@@ -156,12 +161,8 @@ def rounds_numbers() -> bool:
 
     ``int(x.shape[1] / 2)`` is a plain number, and cannot be told from one that is written there.
     """
-    frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_name != "run_traced":
-        if not _is_foreign(frame.f_code) and not _ROUNDING.isdisjoint(frame.f_code.co_names):
-            return True
-        frame = frame.f_back
-    return False
+    programs = (frame.f_code for frame in _frames() if not _is_foreign(frame.f_code))
+    return any(not _ROUNDING.isdisjoint(code.co_names) for code in programs)
 
 
 def place_of(error: BaseException) -> Place:

@@ -125,9 +125,6 @@ class PrunePlan:
     def then(self, later: PrunePlan) -> PrunePlan:
         """Return the one plan that does what this plan and then ``later`` do.
 
-        Args:
-            later: A plan made for the network that this plan leaves behind.
-
         Raises:
             PlanError: ``later`` was made for another network.
         """
@@ -188,10 +185,8 @@ def _through(
 def make_prune_plan(network: Network, keep: Mapping[str, Any], **about: Any) -> PrunePlan:
     """Turn kept units into a plan; groups that ``keep`` leaves out stay whole.
 
-    Args:
-        network: What ``trace`` returned.
-        keep: Group name -> indices of kept units, in any order, at least one each.
-        about: What the plan should remember: criterion, settings, seed. JSON-able.
+    ``keep`` has the kept units by the name of the group, in any order, at least one each; ``about``
+    is JSON-able: what the plan should remember, as criterion, settings and seed.
 
     Raises:
         PlanError: indices out of range or repeated, nothing kept, ``about`` is not JSON-able.
@@ -294,11 +289,7 @@ def _to_text(positions: Positions) -> str:
 
 
 def _from_text(text: str, size: int) -> Positions:
-    """Return the positions that ``_to_text`` wrote.
-
-    Raises:
-        PlanError: the text is no such row, is empty, or leaves the range 0..size-1.
-    """
+    """Return the positions that ``_to_text`` wrote."""
     ends = []
     for part in text.split(","):
         match = _RUN.fullmatch(part)

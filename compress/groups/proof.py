@@ -134,12 +134,8 @@ def prove(model: nn.Module, plan: PrunePlan, example_input: Example) -> float:
     """Return the largest relative difference of the pruned network from the masked reference.
 
     Both run in eval mode. A difference above 1e-4 may be float32 rounding in a badly conditioned
-    network: then both are computed again in float64, and that difference is returned.
-
-    Args:
-        model: The network the plan was made for; left as it is.
-        plan: The plan to prove.
-        example_input: An input with values, preferably random ones; as for ``trace``.
+    network: then both are computed again in float64, and that difference is returned. The example
+    is one with values, preferably random ones.
 
     Raises:
         PlanError: the network returns nothing that could be compared.

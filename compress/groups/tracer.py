@@ -142,6 +142,14 @@ class Tracer(WatchedOps):
         for axis in axes:
             self.freeze(axis, why)
 
+    def fixed(self, axes: Sequence[Axis], dims: Iterable[int], why: str) -> list[Axis]:
+        """Keep the channels along ``dims``; return the labels without them."""
+        left = list(axes)
+        for d in dims:
+            self.freeze(left[d], why)
+            left[d] = None
+        return left
+
     def freeze_output(self, tensor: Tensor, why: str) -> None:
         """Keep the channels that an output of the network has, is made of, or numbers."""
         for axis in self.axes(tensor):

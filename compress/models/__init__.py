@@ -304,9 +304,10 @@ def _description(
     if folder is not None:
         return _read_description(folder)
     named, told = described(str(reference), options)
+    file, _, factory = named.rpartition(":")
     fresh = {
         "schema": SCHEMA,
-        "reference": _absolute(named),
+        "reference": f"{Path(file).resolve()}:{factory}" if file.endswith(".py") else named,
         "num_classes": num_classes,
         "options": told,
     }
@@ -327,12 +328,6 @@ def _read_description(folder: Path) -> tuple[dict[str, Any], PrunePlan | None]:
     if moved and not Path(file).is_file() and (folder / moved).is_file():
         description["reference"] = f"{(folder / moved).resolve()}:{factory}"
     return description, PrunePlan.load(folder / PLAN_FILE) if description["pruned"] else None
-
-
-def _absolute(reference: str) -> str:
-    """Return the reference to a factory in a file with the file's whole path."""
-    file, _, factory = reference.rpartition(":")
-    return f"{Path(file).resolve()}:{factory}" if file.endswith(".py") else reference
 
 
 def _beside(description: Mapping[str, Any], folder: Path) -> str | None:

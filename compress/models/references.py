@@ -152,22 +152,22 @@ def _torchvision(name: str, given: dict[str, Any], published: str | None) -> nn.
     _known_torchvision(name)
     if "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
         given = {"weights_backbone": None, **given}  # else torchvision downloads them
+
+    def built(**more: Any) -> nn.Module:
+        return _call(f"torchvision:{name}", models.get_model, {"name": name, **more, **given})
+
     if published is None:
-        return _call(f"torchvision:{name}", models.get_model, {"name": name, **given})
+        return built()
     try:
         chosen = models.get_model_weights(name)[published]
     except KeyError:
         names = [weights.name for weights in models.get_model_weights(name)]
         raise UnknownNameError("weight file or published weights", published, names) from None
     classes = given.pop("num_classes", None)
-    model = _call(
-        f"torchvision:{name}", models.get_model, {"name": name, "weights": chosen, **given}
-    )
+    model = built(weights=chosen)
     if classes is None or not is_torchvision_detector(f"torchvision:{name}"):
         return model if classes is None else replace_head(model, classes)
-    made = _call(
-        f"torchvision:{name}", models.get_model, {"name": name, "num_classes": classes, **given}
-    )
+    made = built(num_classes=classes)
     state = model.state_dict()
     made.load_state_dict(state | of_other_classes(made.state_dict(), state))
     return made
@@ -184,13 +184,7 @@ def _timm(name: str, given: dict[str, Any], published: str | None) -> nn.Module:
 
 
 def _ultralytics(name: str, num_classes: int | None = None, trust: bool = False) -> nn.Module:
-    """Return one of Ultralytics' networks, from the YAML that describes it or a file of theirs.
-
-    Args:
-        name: ``yolo11n.yaml``, the path of a YAML, or of a ``.pt``.
-        num_classes: Classes of objects; what the YAML says if None.
-        trust: Open a ``.pt``, which is a pickle and runs the code that it holds.
-    """
+    """Return one of Ultralytics' networks: of a YAML or, where trusted, of their ``.pt``."""
     purpose = f"network 'ultralytics:{name}'"
     require("ultralytics", extra="ultralytics", purpose=purpose)
     tasks: Any = importlib.import_module("ultralytics.nn.tasks")

@@ -75,7 +75,9 @@ def aligned(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     found is taken off, and what is not under it, as weights of a loss, is named in the log.
     """
     own = [key for key in model.state_dict() if not _is_counter(key)]
-    found = {prefix: sum(prefix + key in state for key in own) for prefix in _prefixes(state, own)}
+    ends = [f".{key}" for key in own[:3] + own[-1:]]
+    tried = ["", *(key[: 1 - len(end)] for end in ends for key in state if key.endswith(end))]
+    found = {prefix: sum(prefix + key in state for key in own) for prefix in tried}
     best = max(found, key=lambda prefix: found[prefix])
     if found[best] <= len(own) / 2:
         return dict(state)  # ``fit`` says what is missing
@@ -85,12 +87,6 @@ def aligned(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
             "weights under %r are loaded; the file also holds %s", best, listed(left_out)
         )
     return {key.removeprefix(best): value for key, value in state.items() if key.startswith(best)}
-
-
-def _prefixes(state: Mapping[str, Tensor], own: list[str]) -> list[str]:
-    """Return the prefixes that make a name of ``state`` one of the network's; "" is the first."""
-    names = own[:3] + own[-1:]
-    return ["", *(k[: -len(n)] for n in names for k in state if k.endswith(f".{n}"))]
 
 
 @functools.cache

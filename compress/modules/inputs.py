@@ -121,11 +121,8 @@ def read_batch(batch: Any, example: Any = None) -> Inputs:
 
     Read are images alone; (images, targets), where targets may be None; dicts such as
     ``{"pixel_values": ..., "labels": ...}``; and several inputs, with or without targets after
-    them, for a network whose example input is a tuple or dict of several.
-
-    Args:
-        batch: What a loader gave.
-        example: The network's example input: says how many inputs there are, and their names.
+    them, for a network whose ``example`` input is a tuple or dict of several: it says how many, and
+    their names.
 
     Raises:
         DataError: it does not say which parts are inputs.

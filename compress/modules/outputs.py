@@ -78,10 +78,14 @@ def chosen_outputs(
         return list(found)
     for name in outputs:
         if not any(_is_at(place, name) for place, _ in found):
+            known = [
+                f"{place or '0'} {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else place
+                for place, leaf in found
+            ]
             raise UsageError(
                 f"the network has no output {name!r}",
                 where=where,
-                expected=f"one of: {', '.join(_shown(*one) for one in found) or 'none'}",
+                expected=f"one of: {', '.join(known) or 'none'}",
             )
     return [(place, leaf) for place, leaf in found if any(_is_at(place, n) for n in outputs)]
 
@@ -95,10 +99,6 @@ def as_places(outputs: Iterable[str | int] | str | int | None) -> tuple[str, ...
 def _is_at(place: str, name: str) -> bool:
     place = place or "0"  # the one tensor of a network that returns no more
     return place == name or place.startswith(f"{name}.")
-
-
-def _shown(place: str, leaf: Any) -> str:
-    return f"{place or '0'} {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else place
 
 
 def heads_of(output: Any) -> list[Tensor]:

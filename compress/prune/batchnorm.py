@@ -16,18 +16,11 @@ from compress.modules.inputs import read_batches
 
 
 def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
-    """Estimate the running mean and variance of every BatchNorm from ``batches``, in place.
+    """Estimate the statistics of every BatchNorm from images (B, C, H, W), in place.
 
-    The statistics are plain averages over the batches (nothing of the old ones is left); weights,
-    modes, momentum and everything else stay as they are. If the network raises, so do the
-    statistics. Dropout is off meanwhile.
-
-    Args:
-        model: A network, usually just pruned. Its BatchNorm buffers are replaced.
-        batches: Images, float32 (B, C, H, W), with or without anything after them.
-
-    Returns:
-        The same ``model``.
+    They are plain averages over the batches (nothing of the old ones is left); weights, modes,
+    momentum and everything else stay as they are. If the network raises, so do the statistics.
+    Dropout is off meanwhile.
 
     Raises:
         UsageError: there is not one batch.
@@ -61,19 +54,12 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> nn.Module
 
 
 def rebase_batchnorm(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
-    """Set the statistics of every BatchNorm to those of ``batches``; the answers stay, in place.
+    """Set the statistics of every BatchNorm to those of images (B, C, H, W), in place.
 
-    Scale and shift take up what the statistics change by. A network whose weights were fitted
-    under the old statistics answers in training mode, where each batch is normalized by its own,
-    as it does in eval mode: training goes on from where fitting ended.
-
-    Args:
-        model: A network. Statistics, scales and shifts of its BatchNorms are replaced; those
-            without scale and shift stay as they are.
-        batches: Images, float32 (B, C, H, W), with or without anything after them.
-
-    Returns:
-        The same ``model``.
+    The answers stay: scale and shift take up what the statistics change by, and a BatchNorm without
+    them is left alone. A network whose weights were fitted under the old statistics answers in
+    training mode, where each batch is normalized by its own, as it does in eval mode: training goes
+    on from where fitting ended.
 
     Raises:
         UsageError: there is not one batch.

@@ -53,16 +53,7 @@ def refit_blocks(
     which of its channels are left; one whose answer neither orders, and one that comes no closer,
     stay as they are. Needs no labels.
 
-    Args:
-        pruned: What ``refit`` returned. Its weights are replaced.
-        original: The network before the cut. Not modified.
-        plan: The cut between the two.
-        batches: Images, float32 (B, C, H, W), with or without anything after them.
-        steps: Steps of Adam for each block.
-        training_batches: As in ``refit``.
-
-    Returns:
-        ``pruned``.
+    Arguments are those of ``refit``; ``steps`` are of Adam for each block.
 
     Raises:
         UsageError: there is not one batch, or no block.
@@ -78,7 +69,9 @@ def refit_blocks(
         if not blocks:
             raise _no_block()
         count = sum(map(len, images))
-        images = _regrouped(images, max(block.mib for block in blocks))
+        if len({batch.shape[1:] for batch in images}) == 1:
+            size = int(STEP_MIB / max(block.mib for block in blocks))  # of a batch for one step
+            images = list(torch.split(torch.cat(images), max(1, min(IMAGES, size))))
         with torch.no_grad():
             known, fitted = (Replay(net, images[0][:1], count) for net in (original, pruned))
         for block in track(blocks, "refit blocks", len(blocks)):
@@ -117,13 +110,6 @@ class _Block:
     kept: Any  # positions, None = all
     weights: tuple[nn.Parameter, ...]  # that no other module has
     mib: float  # of what all its modules answer for one image
-
-
-def _regrouped(batches: Sequence[Tensor], mib: float) -> list[Tensor]:
-    """Return the images in batches for one step each; as they are where their sizes differ."""
-    if len({batch.shape[1:] for batch in batches}) > 1:
-        return list(batches)
-    return list(torch.split(torch.cat(list(batches)), max(1, min(IMAGES, int(STEP_MIB / mib)))))
 
 
 def _blocks(pruned: nn.Module, original: nn.Module, plan: PrunePlan, image: Tensor) -> list[_Block]:
@@ -255,7 +241,9 @@ def _observed(model: nn.Module, image: Tensor) -> _Observed:
     held: list[Tensor] = []  # so that no place in memory is used twice
 
     def enter(module: nn.Module, inputs: Any, *, name: str) -> None:
-        plain = isinstance(module, _Norm) or (isinstance(module, Layer) and _groups(module) == 1)
+        plain = isinstance(module, _Norm) or (
+            isinstance(module, Layer) and getattr(module, "groups", 1) == 1
+        )
         if plain and inputs and isinstance(inputs[0], Tensor):
             for maker in makers.get(_place(inputs[0]), ()):
                 readers[maker].append((name, True))
@@ -279,10 +267,6 @@ def _observed(model: nn.Module, image: Tensor) -> _Observed:
     once = {name: answer for name, answer in found.items() if calls[name] == 1}
     channels = {name: answer.shape[1] for name, answer in once.items()}
     return _Observed(channels, {name: answer.nbytes for name, answer in once.items()}, readers)
-
-
-def _groups(layer: Any) -> int:
-    return int(getattr(layer, "groups", 1))
 
 
 def _place(tensor: Tensor) -> Any:

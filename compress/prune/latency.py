@@ -69,18 +69,9 @@ def counts_for_latency(
     line is fitted to networks that were measured, first the uncut one and the smallest, then the
     plan itself, which is made again until it is measured to be within the limit.
 
-    Args:
-        model: The network.
-        example_input: An input for one image.
-        network: What ``trace`` returned for it.
-        candidates: The counts each group may keep.
-        importance: Of each group's units in the order in which they are kept, additive over groups.
-        budget: Milliseconds, or a share of what the uncut network takes.
-        runtime: Where it is measured.
-
-    Returns:
-        The counts of the slowest network found that is fast enough, and what was measured, ms:
-        "kept" says whether it is within ``TOLERANCE`` of the limit.
+    ``importance`` is that of each group's units in the order in which they are kept, additive over
+    groups. Returned are the counts of the slowest network found that is fast enough, and what was
+    measured, ms: "kept" says whether it is within ``TOLERANCE`` of the limit.
 
     Raises:
         PlanError: not even the smallest network is fast enough; the message says how fast it is.

@@ -60,11 +60,8 @@ class LatencyTable:
     The channels of a layer span a plane. It is divided into cells; the corners of a cell that a
     question falls into are measured, and its centre. Where the centre lies on the plane through the
     corners to ``SMOOTH``, the cell is interpolated; else it is divided in four. What is measured
-    once is never measured again, in this process or the next.
-
-    Args:
-        measure: Returns the milliseconds of a layer: (shape, inputs, outputs) -> ms.
-        file: Where measurements are kept; None keeps them in memory only.
+    once is never measured again, in this process or the next: without a ``file`` in this one alone.
+    ``measure`` returns the milliseconds of a layer: (shape, inputs, outputs) -> ms.
     """
 
     def __init__(self, measure: Measure, file: Path | None = None) -> None:
@@ -244,30 +241,25 @@ def time_calls(call: Callable[[], object], seconds: float, quantile: float = 0.5
 
 def layer_graph(shape: LayerShape, inputs: int, outputs: int) -> onnx.ModelProto:
     """Return an ONNX model that is one convolution or matrix product."""
-    draw = np.random.default_rng(1)
-    if not shape.kernel:
-        weight = draw.standard_normal((inputs, outputs)).astype(np.float32)
-        node = helper.make_node("Gemm", ["input", "weight", "bias"], ["output"])
-    else:
+    size: tuple[int, ...] = (inputs, outputs)
+    given: dict[str, Any] = {}
+    if shape.kernel:
         groups = math.gcd(shape.groups or outputs, inputs, outputs)
-        weight = draw.standard_normal((outputs, inputs // groups, *shape.kernel)).astype(np.float32)
-        node = helper.make_node(
-            "Conv",
-            ["input", "weight", "bias"],
-            ["output"],
-            strides=shape.stride,
-            pads=shape.padding,
-            dilations=shape.dilation,
-            group=groups,
-        )
-    bias = np.zeros(outputs, np.float32)
-    rank = len(_input_shape(shape, inputs))
+        size = (outputs, inputs // groups, *shape.kernel)
+        given = {"strides": shape.stride, "pads": shape.padding, "dilations": shape.dilation}
+        given["group"] = groups
+    values = {
+        "weight": np.random.default_rng(1).standard_normal(size).astype(np.float32),
+        "bias": np.zeros(outputs, np.float32),
+    }
+    node = helper.make_node("Conv" if given else "Gemm", ["input", *values], ["output"], **given)
+    read = _input_shape(shape, inputs)
     graph = helper.make_graph(
         [node],
         "layer",
-        [helper.make_tensor_value_info("input", TensorProto.FLOAT, _input_shape(shape, inputs))],
-        [helper.make_tensor_value_info("output", TensorProto.FLOAT, [None] * rank)],
-        [numpy_helper.from_array(weight, "weight"), numpy_helper.from_array(bias, "bias")],
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, read)],
+        [helper.make_tensor_value_info("output", TensorProto.FLOAT, [None] * len(read))],
+        [numpy_helper.from_array(value, name) for name, value in values.items()],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 

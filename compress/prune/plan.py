@@ -257,11 +257,7 @@ def _together(group: Group) -> str:
 
 
 def _groups_of(model: nn.Module, network: Network, layer: str, option: str) -> list[int]:
-    """Return the groups whose channels ``layer``, or a layer inside it, produces.
-
-    Raises:
-        UsageError: there is no such layer or group; the message names the ``option`` it is under.
-    """
+    """Return the groups whose channels ``layer``, or a layer inside it, produces."""
     found = [
         number
         for number, group in enumerate(network.groups)
@@ -282,12 +278,7 @@ def _groups_of(model: nn.Module, network: Network, layer: str, option: str) -> l
 def _shares_by_group(
     model: nn.Module, network: Network, shares: Mapping[str, float]
 ) -> dict[int, float]:
-    """Return the share of channels that each named group keeps.
-
-    Raises:
-        UsageError: there is no such layer.
-        PlanError: the layer's channels cannot be cut, or two layers of one group contradict.
-    """
+    """Return the share of channels that each named group keeps."""
     found: dict[int, float] = {}
     said_by: dict[int, str] = {}
     for layer, share in shares.items():

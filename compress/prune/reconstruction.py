@@ -21,9 +21,10 @@ from compress.modules.inputs import copied, read_batches
 from compress.progress import track
 from compress.prune.batchnorm import rebase_batchnorm
 from compress.prune.forward_passes import EnoughSeen, Join, Rectifier, Replay, Sums, followers
-from compress.prune.ridge import ENOUGH, Ridge
 from compress.prune.windows import (
+    ENOUGH,
     Layer,
+    Ridge,
     Transposed,
     answered_rows,
     computed_from,
@@ -71,7 +72,7 @@ def refit(
 
     Args:
         pruned: What ``apply_pruning(original, plan)`` returned. Its weights are replaced.
-        original: The network before the cut. Not modified.
+        original: The network before the cut.
         plan: The cut between the two.
         batches: Images, float32 (B, C, H, W), with or without anything after them.
         training_batches: Images as training is going to show them, if it changes them at random:
@@ -149,13 +150,6 @@ class _LayerFit:
             return self.layer.weight.new_zeros(len(filters_of(self.layer)))
         return self.shift
 
-    def set_bias(self, bias: Tensor) -> None:
-        """Let the layer or, when all is fitted, the norm add ``bias``, in any shape."""
-        if self.layer.bias is not None:
-            self.layer.bias.copy_(bias.reshape(-1))
-        else:
-            self.shift = bias.reshape(-1).to(self.layer.weight)
-
     def finish(self) -> None:
         """Let the norm add what the layer cannot."""
         if self.shift is not None and self.norm is not None and self.norm.running_mean is not None:
@@ -226,8 +220,10 @@ class _LayerFit:
             self.computed = fitted
         else:
             return
-        if shift is not None:
-            self.set_bias(self.bias + shift)
+        if shift is not None and self.layer.bias is not None:
+            self.layer.bias.copy_(self.bias + shift)
+        elif shift is not None:  # the norm is going to add it
+            self.shift = (self.bias + shift).to(self.layer.weight)
 
 
 def _pairs(

@@ -157,16 +157,9 @@ def evidence(
 
     The model is run in eval mode and is left as it was: parameters, gradients, statistics, modes.
 
-    Args:
-        model: The network to be pruned.
-        network: What ``trace`` returned for it.
-        need: What is to be filled in.
-        batches: Images, float32 (B, C, H, W), alone or with their targets, as ``read_batch`` reads
-            them; "gradients" and "hessian" need targets, as ``FittingLoss`` takes them.
-        loss: Of what the network returns and the targets, a scalar; by default ``SampledAnswers``
-            for "answers", else the one that fits.
-        images_per_gradient: Images that one gradient, or one curvature sample, is taken over.
-        seed: Seed of random choices.
+    Batches are read as ``read_batch`` does; "gradients" and "hessian" need targets, as
+    ``FittingLoss`` takes them. The default ``loss`` is ``SampledAnswers`` for "answers", else the
+    one that fits. One gradient, or one curvature sample, is taken over ``images_per_gradient``.
 
     Raises:
         UsageError: there is not one batch.
@@ -233,7 +226,7 @@ def _products(
         for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
             product = (weight * gradient).detach()
             for dim in places[name]:
-                rows[name, dim].append(_summed(product, dim).cpu())
+                rows[name, dim].append(summed_along(product, dim).cpu())
     return Evidence(products={key: torch.stack(row) for key, row in rows.items()})
 
 
@@ -256,7 +249,7 @@ def _curvatures(
         for (name, weight), z, hz in zip(weights.items(), signs, second, strict=True):
             cost = (0.5 * weight.square() * z * hz).detach()
             for dim in places[name]:
-                totals[name, dim] += _summed(cost, dim).cpu()
+                totals[name, dim] += summed_along(cost, dim).cpu()
     return Evidence(curvatures={key: total / samples for key, total in totals.items()})
 
 
@@ -273,7 +266,7 @@ def run_on_leaves(
     return weights, _run(model, inputs, weights)
 
 
-def _summed(tensor: Tensor, dim: int) -> Tensor:
+def summed_along(tensor: Tensor, dim: int) -> Tensor:
     """Return the sum over all dimensions but ``dim``: (D,)."""
     return tensor.movedim(dim, 0).reshape(tensor.shape[dim], -1).sum(1)
 

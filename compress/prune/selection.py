@@ -162,7 +162,12 @@ class CostModel:
                 side = next(sides)
                 self._base[side, row] = length - sum(k * self.sizes[g] for g, k in owned.items())
                 entries[side].extend((row, g, k) for g, k in owned.items())
-        self._slopes = [_matrix(each, (len(tensors), len(self.sizes))) for each in entries]
+        tables = (np.array(each, np.float64).reshape(-1, 3).T for each in entries)
+        shape = len(tensors), len(self.sizes)
+        self._slopes = [
+            sparse.csr_array((k, (rows.astype(int), groups.astype(int))), shape=shape)
+            for rows, groups, k in tables
+        ]
         macs = [layers[t].macs_per_element if t in layers else 0 for t in tensors]
         counted = [t in network.parameters for t in tensors]
         self._factors: dict[Quantity, Floats] = {"macs": volume * macs, "params": volume * counted}
@@ -185,11 +190,6 @@ class CostModel:
         return [
             base + slopes @ counts for base, slopes in zip(self._base, self._slopes, strict=True)
         ]
-
-
-def _matrix(entries: list[tuple[int, int, int]], shape: tuple[int, int]) -> Any:
-    rows, columns, values = np.array(entries, np.int64).reshape(-1, 3).T
-    return sparse.csr_array((values.astype(np.float64), (rows, columns)), shape=shape)
 
 
 @dataclass(frozen=True)

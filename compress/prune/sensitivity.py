@@ -72,13 +72,6 @@ class PruneSensitivity:
             found[curve.group] = share
         return found
 
-    def ranked(self) -> list[GroupCurve]:
-        """Return the curves, the one that loses the most accuracy at its smallest width first."""
-        return sorted(
-            self.curves,
-            key=lambda curve: -max(self.metric.drop(self.baseline, p.value) for p in curve.points),
-        )
-
     def to_json(self) -> dict[str, Any]:
         """Return the curves as JSON-able data."""
         data = asdict(self)
@@ -131,13 +124,9 @@ def prune_sensitivity(
 ) -> PruneSensitivity:
     """Cut one group at a time to several widths by L2 and return the accuracy of each cut.
 
-    Args:
-        model: A trained network. Not modified.
-        example_input: An input for one image, as ``plan_pruning`` takes it.
-        evaluate: Returns the accuracy of a network, always on the same images; where it is not
-            top-1 in percent, replace ``metric`` in the result.
-        shares: Shares of each group's channels to keep, in (0, 1).
-        recalibrate: Images to re-estimate BatchNorm on after every cut; none leaves it as it is.
+    ``evaluate`` returns the accuracy of a network, always on the same images; where it is not top-1
+    in percent, replace ``metric`` in the result. ``shares`` of each group's channels, in (0, 1),
+    are kept. BatchNorm is estimated again on the images of ``recalibrate`` after every cut.
 
     Raises:
         UsageError: a share is out of range.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from compress.modules.inputs import read_batches
 from compress.modules.objective import Objective
 from compress.prune.criteria.lamp import shares_of_larger
 from compress.prune.loss import FittingLoss
-from compress.prune.saliency import Batches, run_on_leaves
+from compress.prune.saliency import Batches, run_on_leaves, summed_along
 from compress.prune.selection import Ranking, one_budget
 
 Pattern = Literal["unstructured", "2:4"]
@@ -218,9 +217,6 @@ class GroupLasso:
     that are cut together fade together. Each group's norms are scaled by the root of the number of
     entries in a unit, as in the original, so that wide and narrow layers are pressed alike.
 
-    Args:
-        network: What ``trace`` returned for the model that is trained.
-
     Source: Yuan and Lin, Model Selection and Estimation in Regression with Grouped Variables, 2006;
     Wen et al., Learning Structured Sparsity in Deep Neural Networks, NIPS 2016,
     https://arxiv.org/abs/1608.03665, section 3.1; units as in Fang et al., DepGraph, CVPR 2023.
@@ -255,18 +251,8 @@ class GroupLasso:
 
     def _squares(self, weights: dict[str, nn.Parameter]) -> dict[tuple[str, int], Tensor]:
         """Return the summed squares of each position along each dimension that is cut."""
-        wanted = defaultdict(set)
-        for _, places in self._groups:
-            for tensor, dim, _ in places:
-                wanted[tensor].add(dim)
-        found = {}
-        for tensor, dims in wanted.items():
-            square = weights[tensor].square()
-            for dim in dims:
-                found[tensor, dim] = square.movedim(dim, 0).flatten(1 if square.ndim > 1 else 0)
-                if square.ndim > 1:
-                    found[tensor, dim] = found[tensor, dim].sum(1)
-        return found
+        wanted = {place[:2]: None for _, places in self._groups for place in places}
+        return {(name, dim): summed_along(weights[name].square(), dim) for name, dim in wanted}
 
 
 class WithGroupLasso(Objective):

@@ -67,13 +67,10 @@ def meet_budget(
     its layers are tried in int8 again, the most expensive first. The best graph so far is always
     on disk, and a run that was killed repeats no evaluation.
 
-    Args:
-        model: The fp32 graph that the plan was made for. Not modified.
-        plan: Where to begin; its target counts.
-        batches: Labelled validation images, not those of calibration.
-        max_drop: Largest loss of the primary metric, in its unit, on these images.
-        folder: For ``model.<target>.onnx``, ``plan.<target>.json`` and ``budget.<target>.json``.
-        task: Whose primary metric counts; top-1 of one class an image if absent.
+    The fp32 graph is that of ``plan``, where the search begins. Batches are labelled validation
+    images, not those of calibration; ``max_drop`` is the largest loss on them of the primary metric
+    of ``task``, in its unit; of top-1 if there is none. ``folder`` gets ``model.<target>.onnx``,
+    ``plan.<target>.json`` and ``budget.<target>.json``.
 
     Raises:
         QuantizationError: the plan does not fit the graph.
@@ -171,15 +168,13 @@ class _BudgetSearch:
         trial = FloatTrial(names, value, drop, candidate.float_cost)
         self.trials.append(trial)
         if self.best != before:
-            self._save(written)
+            target, best = self.plan.target, self.plan_of(trial)
+            write_bytes(self.folder / f"model.{target}.onnx", written.SerializeToString())
+            best.save(self.folder / f"plan.{target}.json")
         self._note()
         unit = self.judge.metric.points
         self.counter.advance(note=f"{len(names)} in float: {drop:+.2f} {unit} lost")
         return trial
-
-    def _save(self, written: onnx.ModelProto) -> None:
-        write_bytes(self.folder / f"model.{self.plan.target}.onnx", written.SerializeToString())
-        self.plan_of(self.best).save(self.folder / f"plan.{self.plan.target}.json")
 
     def _note(self) -> None:
         trials = {json.dumps(t.float_nodes): t.value for t in self.trials}

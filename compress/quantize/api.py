@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 from onnx import ModelProto
 from onnx.numpy_helper import to_array
@@ -17,17 +19,73 @@ from compress.errors import CompressError, QuantizationError, UnknownNameError, 
 from compress.graph.metadata import usual_range
 from compress.graph.model import GraphIndex
 from compress.graph.preprocess import prepare, read_onnx
-from compress.qdq.plan import TARGETS, QuantPlan
+from compress.packages import require
+from compress.qdq.plan import TARGETS, ActivationRange, QuantPlan
 from compress.quantize.calibration import begin_below_zero, calibrate, observed_tensors
 from compress.quantize.confirm import Confirmation, check_prepared, confirmed, overflows
 from compress.quantize.equalization import scalable
-from compress.quantize.images import Batches, CalibrationImages
-from compress.quantize.nncf import plan_by_nncf
+from compress.quantize.images import Batches, CalibrationImages, Feed, images_in
 from compress.quantize.notes import decided
-from compress.quantize.planning_graph import planning_graph
-from compress.quantize.rows import Rows
+from compress.quantize.planning_graph import Rows, planning_graph
 from compress.quantize.search import auto
 from compress.quantize.workbench import Workbench
+
+
+def import_nncf() -> Any:
+    """Import NNCF."""
+    return require("nncf", extra="", purpose="method 'nncf'")
+
+
+def quantize_by_nncf(prepared: ModelProto, feed: Feed) -> ModelProto:
+    """Return the graph that NNCF's defaults make, without its workaround for old processors."""
+    import logging
+
+    nncf = import_nncf()
+    logging.getLogger("nncf").setLevel(logging.ERROR)
+    count = images_in(feed)
+    items = [{name: array[i : i + 1] for name, array in feed.items()} for i in range(count)]
+    advanced = nncf.AdvancedQuantizationParameters(
+        overflow_fix=nncf.quantization.advanced_parameters.OverflowFix.DISABLE
+    )
+    copy = deepcopy(prepared)
+    written: ModelProto = nncf.quantize(
+        copy, nncf.Dataset(items), subset_size=count, advanced_parameters=advanced
+    )
+    return written
+
+
+def by_nncf(bench: Workbench) -> QuantPlan:
+    """Return a plan with the ranges and biases of NNCF where it has any; our writer writes it."""
+    prepared, plan = bench.prepared, bench.ranges()
+    graph = GraphIndex(quantize_by_nncf(prepared, bench.fitted))
+    ranges = dict(plan.activations)
+    for node in graph.nodes:
+        if node.op_type == "QuantizeLinear" and node.input[0] in ranges:
+            ranges[node.input[0]] = _range(graph, node.input[1], node.input[2])
+    biases = {}
+    originals = {node.name: node for node in prepared.graph.node}
+    before = GraphIndex(prepared)
+    for node in graph.nodes:
+        original = originals.get(node.name)
+        if original is None or original.op_type not in ("Conv", "Gemm") or len(node.input) < 3:
+            continue
+        new, old = graph.constant(node.input[2]), before.constant((*original.input, "")[2])
+        if new is not None and (old is None or not np.array_equal(new, old)):
+            biases[node.name] = tuple(float(b) for b in new.reshape(-1))
+    return begin_below_zero(plan.changed(activations=ranges, biases=biases), prepared)
+
+
+def _range(graph: GraphIndex, scale_name: str, zero_name: str) -> ActivationRange:
+    scale, zero = graph.constant(scale_name), graph.constant(zero_name)
+    if scale is None or zero is None:
+        raise TypeError(f"{scale_name} is not constant")
+    step, point = float(scale.item()), int(zero.item())
+    bounds = np.iinfo(zero.dtype)
+    low, high = (bounds.min - point) * step, (bounds.max - point) * step
+    if zero.dtype == np.int8 and point == 0:
+        low = -high
+    return ActivationRange(low, high, max(-low, high), "nncf", (low, high))
+
 
 BROKEN = "Check that ONNX Runtime runs the file on these images; export it again if it does not"
 ALL_FLOAT = "nothing is int8: all of it stays in float"
@@ -36,39 +94,17 @@ ALL_FLOAT = "nothing is int8: all of it stays in float"
 Method = Callable[[Workbench], QuantPlan]
 
 
-def plain(bench: Workbench) -> QuantPlan:
-    """Ranges only."""
-    return bench.ranges()
-
-
-def bias_correction(bench: Workbench) -> QuantPlan:
-    """Ranges, weight scales by search, biases corrected layer by layer."""
-    return bench.corrected(bench.scaled(bench.ranges()))
-
-
-def equalization(bench: Workbench, alpha: float = 0.5) -> QuantPlan:
-    """Channels equalized, then as in bias-correction."""
-    return bench.corrected(bench.scaled(bench.equalized(bench.ranges(), alpha)))
-
-
-def rounding(bench: Workbench) -> QuantPlan:
-    """Weights rounded with feedback and biases corrected, layer by layer."""
-    return bench.rounded(bench.ranges())
-
-
-def nncf(bench: Workbench) -> QuantPlan:
-    """Ranges and biases of NNCF, written by our writer."""
-    plan = plan_by_nncf(bench.prepared, bench.fitted, bench.ranges())
-    return begin_below_zero(plan, bench.prepared)
-
-
 METHODS: Mapping[str, Method] = {
     "auto": auto,
-    "plain": plain,
-    "bias-correction": bias_correction,
-    "equalization": equalization,
-    "rounding": rounding,
-    "nncf": nncf,
+    "plain": lambda bench: bench.ranges(),
+    # Weight scales by search, biases corrected layer by layer.
+    "bias-correction": lambda bench: bench.corrected(bench.scaled(bench.ranges())),
+    "equalization": lambda bench: bench.corrected(
+        bench.scaled(bench.equalized(bench.ranges(), alpha=0.5))
+    ),
+    # With feedback, and biases corrected, layer by layer.
+    "rounding": lambda bench: bench.rounded(bench.ranges()),
+    "nncf": by_nncf,
 }
 FOR_FIXED_BATCHES = frozenset({"auto", "plain"})
 UNFITTED = "weights and biases are not fitted to images: the batch size is fixed in the graph"

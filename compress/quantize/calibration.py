@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -344,11 +344,8 @@ def make_quant_plan(
 ) -> QuantPlan:
     """Return a plan with the ranges that ``observer`` chooses; one pass serves any of them.
 
-    Args:
-        statistics: What ``calibrate`` saw.
-        target: The runtime the plan is for.
-        observer: Name of a plug-in, with options or without.
-        exclude: Nodes to leave in float, and why.
+    The observer is the name of a plug-in, with options or without; ``exclude`` are nodes to leave
+    in float, and why.
 
     Raises:
         UsageError: the observer needs histograms and only extremes were kept.
@@ -382,17 +379,11 @@ def begin_below_zero(plan: QuantPlan, prepared: ModelProto) -> QuantPlan:
     """
     if plan.target != "openvino":
         return plan
-    ranges = dict(plan.activations)
-    for tensor in _behind_batchnorm(GraphIndex(prepared)):
-        found = ranges.get(tensor)
-        if found is not None and found.low >= 0.0:
-            ranges[tensor] = dataclasses.replace(found, low=-found.high / 254)
-    return plan.changed(activations=ranges)
-
-
-def _behind_batchnorm(graph: GraphIndex) -> Iterator[str]:
-    """Yield the outputs of activations that read a BatchNorm."""
+    ranges, graph = dict(plan.activations), GraphIndex(prepared)
     for node in graph.nodes:
         maker = graph.producer.get(node.input[0]) if node.op_type in ACTIVATIONS else None
-        if maker is not None and maker.op_type == "BatchNormalization":
-            yield node.output[0]
+        found = ranges.get(node.output[0])
+        is_behind = maker is not None and maker.op_type == "BatchNormalization"
+        if is_behind and found is not None and found.low >= 0.0:
+            ranges[node.output[0]] = dataclasses.replace(found, low=-found.high / 254)
+    return plan.changed(activations=ranges)

@@ -24,12 +24,25 @@ from compress.qdq.placement import place
 from compress.qdq.plan import ActivationRange, QuantPlan
 from compress.qdq.rewrite import apply_corrections
 from compress.qdq.writer import write_qdq
-from compress.quantize.headroom import with_headroom
 from compress.quantize.images import Feed
 from compress.quantize.planning_graph import selected_tensors
-from compress.quantize.remedies import LADDER, SAID, WHY, Remedy, most_asked, needed_in_float
-from compress.quantize.sessions import CannotRunError
-from compress.quantize.sqnr import answers, answers_each, closeness, portions, sqnr_each
+from compress.quantize.remedies import (
+    LADDER,
+    SAID,
+    WHY,
+    Remedy,
+    most_asked,
+    needed_in_float,
+    with_headroom,
+)
+from compress.quantize.sessions import (
+    CannotRunError,
+    answers,
+    answers_each,
+    closeness,
+    portions,
+    sqnr_each,
+)
 from compress.quantize.workbench import Workbench
 from compress.runtimes import BuildRequest
 

@@ -53,8 +53,8 @@ class _Labeller:
             "Clip": self._clip,
             "Add": self._sum,
             "Mul": self._gate,
-            "Concat": self._concat,
-            "Split": self._split,
+            "Concat": lambda node: self._whole(node, node.output[0], list(node.input)),
+            "Split": lambda node: self._whole(node, node.input[0], list(node.output)),
             "Slice": self._slice,
             "Pad": self._pad,
             "Flatten": self._flatten,
@@ -103,12 +103,6 @@ class _Labeller:
             return False
         one, other, made = (self.of(name) for name in (*node.input, node.output[0]))
         return self.join(one, other) and self.join(one, made)
-
-    def _concat(self, node: NodeProto) -> bool:
-        return self._whole(node, node.output[0], list(node.input))
-
-    def _split(self, node: NodeProto) -> bool:
-        return self._whole(node, node.input[0], list(node.output))
 
     def _slice(self, node: NodeProto) -> bool:
         """A part of the channels, or of the space of all of them."""
@@ -245,16 +239,9 @@ def equalize(
     The weights that make them are divided, the weights that read them multiplied. Where depthwise
     layers alone read the channel their own scales absorb the factor, so alpha is 1 there.
 
-    Args:
-        prepared: The fp32 graph.
-        plan: Must not hold rescalings, scales or biases yet. Its ranges are those of the graph
-            as it was.
-        seen: Of ``prepared``, with the channels of its ``scalable`` tensors.
-        alpha: How far to go, in [0, 1]; 0 scales only what depthwise layers alone read, which costs
-            nothing elsewhere.
-
-    Returns:
-        The plan, and what would be seen of the rescaled graph.
+    With the plan comes what would be seen of the rescaled graph. ``plan`` must not hold rescalings,
+    scales or biases yet; ``seen`` has the channels of the ``scalable`` tensors. An ``alpha`` of 0
+    scales only what depthwise layers alone read, which costs nothing elsewhere.
 
     Source: Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction,
     ICCV 2019, https://arxiv.org/abs/1906.04721, section 4.1; here by ranges of activations, since

@@ -41,7 +41,6 @@ class CalibrationImages:
     once for each pass, and never held in memory.
 
     Args:
-        graph: The graph they are for.
         batches: float32 arrays (B, C, H, W); several inputs as dicts by input name, or sequences.
         fewest: Number of images below which ranges would mean nothing.
         usual: Smallest and largest value that the network's normalization gives, if it is known.
@@ -80,8 +79,9 @@ class CalibrationImages:
         """Yield images in batches of at most ``size``, each of one shape; at most ``limit``."""
         if self.stream is None:
             for _, same in itertools.groupby(self.order[:limit], self._shape):
-                for chosen in _chunks(list(same), size):
-                    yield self._gather(chosen)
+                alike = list(same)
+                for start in range(0, len(alike), size):
+                    yield self._gather(alike[start : start + size])
         else:
             yield from self._stream(self.stream, size, limit)
 
@@ -153,7 +153,8 @@ class CalibrationImages:
         return tuple(zlib.crc32(np.ascontiguousarray(row).data) for row in rows)
 
     def _feed(self, batch: Batch, index: int) -> Feed:
-        feed = self._by_name(batch, index)
+        found = by_name(batch, [*self.inputs, *self.bound], index)
+        feed = {name: np.asarray(found[name]) for name in self.inputs}
         for name, value in self.inputs.items():
             _check_array(feed[name], value, f"calibration batch {index}, input {name!r}")
         if len({len(array) for array in feed.values()}) > 1:
@@ -161,10 +162,6 @@ class CalibrationImages:
                 "its inputs hold different numbers of images", where=f"calibration batch {index}"
             )
         return feed
-
-    def _by_name(self, batch: Batch, index: int) -> Feed:
-        feed = by_name(batch, [*self.inputs, *self.bound], index)
-        return {name: np.asarray(feed[name]) for name in self.inputs}
 
 
 def _check_array(array: NDArray[Any], value: onnx.ValueInfoProto, where: str) -> None:
@@ -270,8 +267,3 @@ def images_in(feed: Feed) -> int:
 
 def _join(parts: Sequence[Feed]) -> Feed:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def _chunks(items: Sequence[Image], size: int) -> Iterator[Sequence[Image]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

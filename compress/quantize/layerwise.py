@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, helper
 
@@ -73,7 +72,7 @@ def layers(
     """
     graph = GraphIndex(written)
     wanted = set(names)
-    last_use = _last_uses(graph)
+    last_use = {name: i for i, node in enumerate(graph.nodes) for name in reads(node)}
     values: Values = dict(feed)
     pending: list[NodeProto] = []
     for position, node in enumerate(graph.nodes):
@@ -135,15 +134,6 @@ def _needed(pending: list[NodeProto], wanted: Sequence[str]) -> list[NodeProto]:
     return kept[::-1]
 
 
-def _last_uses(graph: GraphIndex) -> dict[str, int]:
-    return {name: i for i, node in enumerate(graph.nodes) for name in reads(node)}
-
-
-def _constants(graph: GraphIndex, nodes: Sequence[NodeProto]) -> list[onnx.TensorProto]:
-    read = {name for node in nodes for name in reads(node)}
-    return [tensor for name, tensor in graph.initializers.items() if name in read]
-
-
 def _run(
     graph: GraphIndex,
     nodes: Sequence[NodeProto],
@@ -157,7 +147,8 @@ def _run(
         )
         for name, value in feed.items()
     ]
-    constants = [t for t in _constants(graph, nodes) if t.name not in feed]
+    read = {name for node in nodes for name in reads(node)} - feed.keys()
+    constants = [tensor for name, tensor in graph.initializers.items() if name in read]
     ends = [helper.make_empty_tensor_value_info(name) for name in outputs]
     part = helper.make_graph(list(nodes), "part", inputs, ends, constants)
     model = helper.make_model(

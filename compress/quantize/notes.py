@@ -12,7 +12,7 @@ from onnx import NodeProto
 
 from compress.graph.model import GraphIndex, bodies, graphs_in, layers_inside
 from compress.qdq.placement import place
-from compress.quantize.sqnr import sqnr_text
+from compress.quantize.sessions import sqnr_text
 from compress.report.numbers import staying
 from compress.runtimes._plain_kernels import EXACT_INT8
 

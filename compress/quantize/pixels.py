@@ -15,7 +15,7 @@ from compress.qdq.placement import place
 from compress.qdq.plan import ActivationRange, InputGrid, QuantPlan
 from compress.qdq.writer import quantizer
 from compress.quantize.images import Feed
-from compress.quantize.sqnr import answers
+from compress.quantize.sessions import answers
 
 _MOST = 8  # channels of an image
 _SIGNED_ZERO = 128  # of integers from -128 to 127
@@ -27,23 +27,18 @@ def with_exact_pixels(prepared: ModelProto, plan: QuantPlan, feed: Feed) -> Quan
     Pixels have 256 values, and so have integers; but normalization gives each channel a step and an
     offset of its own, and one range for all rounds nearly every pixel to another value: a quarter
     of what quantized activations cost EfficientNet-Lite0. With a step of their own for each channel
-    nothing is rounded.
-
-    Args:
-        prepared: The fp32 graph.
-        plan: Must hold no grids yet.
-        feed: Images.
-
-    Returns:
-        ``plan`` itself where no values lie on a grid, or where its range fits already.
+    nothing is rounded. ``plan``, which must hold no grids yet, is returned itself where no values
+    lie on a grid, or where its range fits already.
     """
     graph = GraphIndex(prepared)
     layers = set(place(graph, plan.target, plan.float_nodes).weights)
     grids = []
     for node in graph.nodes:
         if node.name in layers and _is_first(graph, node):
-            grid = _grid_of(node.name, _values(prepared, node.input[0], feed), plan.target)
-            if grid is not None and not _is_exact(grid, plan, node.input[0]):
+            read = node.input[0]
+            values = feed[read] if read in feed else answers(prepared, feed, names=[read])[0]
+            grid = _grid_of(node.name, values, plan.target)
+            if grid is not None and not _is_exact(grid, plan, read):
                 grids.append(grid)
     if not grids:
         return plan
@@ -85,10 +80,6 @@ def _is_first(graph: GraphIndex, node: NodeProto) -> bool:
             return False
         edge += [] if maker is None else [n for n in graph.data_inputs(maker) if n not in edge]
     return True
-
-
-def _values(prepared: ModelProto, tensor: str, feed: Feed) -> NDArray[Any]:
-    return feed[tensor] if tensor in feed else answers(prepared, feed, names=[tensor])[0]
 
 
 def _grid_of(node: str, values: NDArray[Any], target: str) -> InputGrid | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -193,9 +193,12 @@ def quantize_sensitivity(
     macs = layer_macs(base)
     found = []
     for layer in track(layers, "Sensitivity"):
-        both, weight, activation = _quantized_alone(judge, base, layer)
-        lost = judge.value(both)
-        sqnrs = [judge.sqnr_db(reference, answer) for answer in (both, weight, activation)]
+        alone = [  # in weight and input, then in either
+            judge.outputs(_with_layer(base, layer, *parts), float_qdq=True)
+            for parts in ((True, True), (True, False), (False, True))
+        ]
+        lost = judge.value(alone[0])
+        sqnrs = [judge.sqnr_db(reference, answers) for answers in alone]
         judged = lost, judge.metric.drop(value, lost)
         found.append(_describe(layer, sqnrs, judged, seen[layer.name], macs.get(layer.name, 0)))
     answer = judge.outputs(whole, float_qdq=True)
@@ -250,12 +253,6 @@ def _layers(graph: EditableGraph) -> Iterable[_Layer]:
         weight, pair = weight_of(node), pair_before(node.inputs[0])
         if weight is not None and pair is not None:
             yield _Layer(label(node), weight, pair)
-
-
-def _quantized_alone(judge: Judge, base: onnx.ModelProto, layer: _Layer) -> Iterator[list[Outputs]]:
-    """Yield the answers with one layer quantized in weight and input, then in either alone."""
-    for weight, activation in ((True, True), (True, False), (False, True)):
-        yield judge.outputs(_with_layer(base, layer, weight, activation), float_qdq=True)
 
 
 def _with_layer(

@@ -21,7 +21,7 @@ from compress.quantize.notes import float_parts, of_judging, of_sessions
 from compress.quantize.pixels import as_rounded, with_exact_pixels
 from compress.quantize.planning_graph import judged_tensors, with_free_batch
 from compress.quantize.rounding import improve_rounding, search_weight_scales
-from compress.quantize.sqnr import Closeness, answers, closeness
+from compress.quantize.sessions import Closeness, answers, closeness
 
 FITTED, HELD_BACK = 64, 64  # images that corrections are fitted to, and set aside for judging
 TRIED, JUDGED = 16, 32  # as many of these serve while corrections are tried; more if small

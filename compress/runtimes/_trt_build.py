@@ -16,7 +16,7 @@ from onnx import ModelProto, TensorProto, helper
 from compress import progress
 from compress.artifact import replacing, write_json
 from compress.errors import EngineError, UnknownNameError
-from compress.graph.batch import input_axes
+from compress.graph.shapes import input_axes
 from compress.runtimes import _session, _trt_layers
 from compress.runtimes._session import BuildRequest
 from compress.runtimes._trt import Flavour, Log, gpu_capability, gpu_name

@@ -76,7 +76,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from compress.graph.nms import Nms
+    from compress.graph.ends import Nms
 
 Prediction = dict[str, Array]  # of one image, by name: "label", "boxes", "class_map", ...
 Target = Any  # of one image: a class, a row of zeros and ones, a mask, boxes with labels, an image

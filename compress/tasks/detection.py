@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from compress.data._pictures import Fit
 from compress.errors import EngineError, UsageError
-from compress.graph.nms import Nms
+from compress.graph.ends import Nms
 from compress.modules.detectors import has_background
 from compress.tasks import (
     Array,

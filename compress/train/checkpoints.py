@@ -79,13 +79,10 @@ def check_same(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
 
 
 class MetricsLog:
-    """Rows of a learning curve, one line of JSON each, as they come.
+    """Rows of a learning curve, one line of JSON each, as they come; also to a tracker.
 
-    Args:
-        folder: Where metrics.jsonl is written; None keeps rows in memory only.
-        track: "tensorboard" or "mlflow", to log there too.
-        rows: Rows of an interrupted training, which grow; what the file holds beyond them is
-            dropped.
+    ``rows`` of an interrupted training grow: what the file holds beyond them is dropped. Without a
+    folder they are kept in memory only. ``track`` is "tensorboard" or "mlflow".
     """
 
     def __init__(self, folder: Path | None, track: str | None, rows: list[Row]) -> None:

@@ -217,12 +217,8 @@ class Sharing:
     Those of the first step are averaged when they are complete. That shows whether any parameter
     gets none (a head that is not used, say); from then on they are averaged while further ones are
     computed, with a search for unused parameters only if there are any. A training that may repeat
-    a step stays with the first way, so that no process waits for gradients of one that gave up.
-
-    Args:
-        losses: Maps a batch to the loss; in the first process it has the weights that count.
-        processes: This process and those beside it.
-        repeats: Whether steps may be repeated.
+    a step (``repeats``) stays with the first way, so that no process waits for gradients of one
+    that gave up. In the first process ``losses`` has the weights that count.
     """
 
     def __init__(self, losses: LossModule, processes: Processes, *, repeats: bool) -> None:

@@ -208,11 +208,7 @@ def _one_epoch(training: Training, log: MetricsLog, counter: progress.ProgressTa
 
 
 def _step(training: Training, batch: Batch) -> None:
-    """Take one step with ``batch``; its loss joins ``training.losses``.
-
-    Raises:
-        TrainingError: memory does not suffice.
-    """
+    """Take one step with ``batch``; its loss joins ``training.losses``."""
     settings = training.settings
     rate = settings.lr * rate_factor(training.position, settings)
     for group in training.optimizer.param_groups:

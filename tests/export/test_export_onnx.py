@@ -26,8 +26,8 @@ from compress.export import (
     weights_sha256,
     writing,
 )
-from compress.export import io_wrapping as ends
 from compress.export.conversion import Example
+from compress.graph import ends
 from compress.runtimes import open_session
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import compress
 from compress.errors import ExportError
-from compress.graph.nms import Nms
+from compress.graph.ends import Nms
 from compress.models.detector import detector
 from compress.qdq import prepare
 from compress.quantize.planning_graph import judged_tensors

@@ -2,7 +2,7 @@
 
 import pytest
 
-from compress.graph.batch import batch_axis, input_axes, leading
+from compress.graph.shapes import batch_axis, input_axes, leading
 
 SILENT = ("free_0", "free_1")  # what a session calls sizes that a file gives no name
 

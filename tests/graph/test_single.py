@@ -11,7 +11,7 @@ from onnx import TensorProto, numpy_helper
 import compress
 from compress.graph.preprocess import prepare
 from compress.quantize.confirm import Confirmation
-from compress.quantize.sqnr import sqnr_db
+from compress.quantize.sessions import sqnr_db
 
 
 def halved(*, ends: int) -> onnx.ModelProto:

@@ -21,13 +21,13 @@ from torchvision.ops import MultiScaleRoIAlign  # noqa: TID253
 
 import compress
 from compress.errors import ModelError, QuantizationError
-from compress.graph.nms import Nms
+from compress.graph.ends import Nms
 from compress.groups.proof import prove
 from compress.models import check_forward
 from compress.models.references import check_reference
 from compress.modules.detectors import before_nms, size_inside
 from compress.qdq import TARGETS
-from compress.quantize.sqnr import sqnr_db
+from compress.quantize.sessions import sqnr_db
 from compress.tasks import load_task
 
 CLASSES = ("a", "b", "c")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.prune.ridge import ENOUGH, PULL, Ridge
+from compress.prune.windows import ENOUGH, PULL, Ridge
 
 
 def least(seen: Tensor, lack: Tensor) -> np.ndarray:

@@ -19,8 +19,7 @@ from compress.qdq.placement import place
 from compress.qdq.plan import TARGETS
 from compress.quantize.confirm import check_prepared
 from compress.quantize.planning_graph import judged_tensors
-from compress.quantize.sessions import with_outputs
-from compress.quantize.sqnr import answers, sqnr_db
+from compress.quantize.sessions import answers, sqnr_db, with_outputs
 
 
 @pytest.mark.parametrize("value", [np.float32(6), np.float32([6]), np.ones((2, 3), np.float32)])

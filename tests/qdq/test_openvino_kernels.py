@@ -14,7 +14,7 @@ from compress.export import export_onnx
 from compress.models.cifar import CifarResNet
 from compress.qdq.lint import lint_onnx
 from compress.quantize import quantize_onnx
-from compress.quantize.sqnr import answers, sqnr_db
+from compress.quantize.sessions import answers, sqnr_db
 
 SAID = ("layerType", "originalLayersNames", "runtimePrecision")
 

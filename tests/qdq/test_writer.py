@@ -16,7 +16,7 @@ from compress.qdq import QuantPlan, WeightScales, prepare, write_qdq
 from compress.qdq.placement import place
 from compress.qdq.plan import TARGETS, ActivationRange
 from compress.quantize import calibrate, make_quant_plan
-from compress.quantize.sqnr import sqnr_db
+from compress.quantize.sessions import sqnr_db
 
 CASES = [(name, target) for name in GRAPHS for target in TARGETS]
 

@@ -9,7 +9,7 @@ from int8_graphs import Sketch, images
 
 import compress
 from compress.errors import CompressError, QuantizationError
-from compress.quantize.sqnr import sqnr_db, sqnr_each
+from compress.quantize.sessions import sqnr_db, sqnr_each
 
 
 def two_layers(side=8, **options):

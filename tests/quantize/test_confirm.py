@@ -19,7 +19,7 @@ from compress.qdq import prepare
 from compress.qdq.writer import write_qdq
 from compress.quantize import calibrate, confirm, make_quant_plan, quantize_targets
 from compress.quantize.remedies import MOST_ALONE, last_layers, most_asked, needed_in_float
-from compress.quantize.sqnr import sqnr_db
+from compress.quantize.sessions import sqnr_db
 from compress.runtimes.onnxruntime import Onnxruntime
 from compress.runtimes.tensorrt import Tensorrt
 from compress.runtimes.tensorrt_rtx import TensorrtRtx

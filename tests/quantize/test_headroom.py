@@ -10,19 +10,19 @@ from test_methods import bench_of
 from compress.graph.model import GraphIndex
 from compress.qdq.plan import unpack_codes
 from compress.qdq.writer import write_qdq
-from compress.quantize import headroom
-from compress.quantize.headroom import (
+from compress.quantize import remedies
+from compress.quantize.layerwise import layers
+from compress.quantize.notes import decided
+from compress.quantize.remedies import (
     LargestCodes,
     in_pairs,
     largest_codes,
     largest_sums,
+    seven_bits,
     with_headroom,
 )
-from compress.quantize.layerwise import layers
-from compress.quantize.notes import decided
-from compress.quantize.remedies import seven_bits
 from compress.quantize.search import auto
-from compress.quantize.sqnr import mean_db
+from compress.quantize.sessions import mean_db
 
 
 def saturating(codes, activations):
@@ -183,7 +183,7 @@ def test_longer_steps_are_rounded_with_feedback_too():
 
 
 def test_a_network_that_cannot_overflow_keeps_its_plan(monkeypatch):
-    monkeypatch.setattr(headroom, "LARGEST_SUM", 2**20)
+    monkeypatch.setattr(remedies, "LARGEST_SUM", 2**20)
     bench = bench_of(network(), target="openvino")
     plan = bench.ranges()
     assert with_headroom(bench, plan) is plan

@@ -15,7 +15,7 @@ import compress
 from compress.graph.model import GraphIndex
 from compress.qdq import TARGETS, prepare
 from compress.quantize.planning_graph import judged_tensors
-from compress.quantize.sqnr import sqnr_db
+from compress.quantize.sessions import sqnr_db
 
 
 def detector(*, by_conv=False):

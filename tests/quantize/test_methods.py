@@ -37,8 +37,7 @@ from compress.quantize.layerwise import (
 )
 from compress.quantize.observers.mse import Noise
 from compress.quantize.rounding import _patches, best_scales, fit_codes, improve_rounding
-from compress.quantize.sessions import with_outputs
-from compress.quantize.sqnr import answers, mean_db, sqnr_db
+from compress.quantize.sessions import answers, mean_db, sqnr_db, with_outputs
 from compress.quantize.workbench import Workbench
 
 

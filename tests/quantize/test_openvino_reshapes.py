@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 import compress
 from compress.qdq.lint import fix_onnx, lint_onnx
 from compress.quantize.confirm import Confirmation
-from compress.quantize.sqnr import sqnr_db
+from compress.quantize.sessions import sqnr_db
 
 CHANNELS, SIZES = 16, (8, 4)
 

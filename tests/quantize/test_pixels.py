@@ -17,8 +17,7 @@ from compress.qdq.plan import InputGrid
 from compress.qdq.rewrite import apply_corrections
 from compress.quantize import calibrate, make_quant_plan, pixels
 from compress.quantize.pixels import with_exact_pixels
-from compress.quantize.sessions import with_outputs
-from compress.quantize.sqnr import sqnr_db
+from compress.quantize.sessions import sqnr_db, with_outputs
 
 MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
 

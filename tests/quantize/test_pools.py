@@ -10,7 +10,7 @@ from torch import nn
 
 import compress
 from compress.graph.preprocess import prepare
-from compress.quantize.sqnr import sqnr_db
+from compress.quantize.sessions import sqnr_db
 
 POOLS = list(itertools.product((2, 3), (1, 2), (0, 1), (False, True)))
 

@@ -12,7 +12,7 @@ from int8_graphs import Sketch, images, run
 import compress
 from compress.graph.preprocess import prepare
 from compress.qdq.rewrite import rewrite_for
-from compress.quantize.sqnr import sqnr_db
+from compress.quantize.sessions import sqnr_db
 
 SLOPES = {"below 1": [0.0, 0.25, 1.0, -0.5], "any": [0.0, 0.25, 1.5, -0.5]}
 

@@ -14,15 +14,14 @@ from test_methods import bench_of
 from compress.graph.model import GraphIndex
 from compress.qdq import prepare
 from compress.qdq.plan import ActivationRange, InputGrid, QuantPlan
-from compress.quantize import calibrate, float_layers, search
+from compress.quantize import calibrate, search
 from compress.quantize.api import plan_by
 from compress.quantize.calibration import activation_of
-from compress.quantize.float_layers import depthwise_layers_apart, first_layers, spare_layers
 from compress.quantize.images import CalibrationImages
 from compress.quantize.layerwise import channel_means, find_shift, some_positions
 from compress.quantize.notes import bearing_images, by_reason, decided, of_judging
-from compress.quantize.search import Trial, auto
-from compress.quantize.sqnr import Closeness, closeness
+from compress.quantize.search import Trial, auto, depthwise_layers_apart, first_layers, spare_layers
+from compress.quantize.sessions import Closeness, closeness
 from compress.quantize.workbench import Workbench
 
 
@@ -415,17 +414,17 @@ def test_a_grid_of_the_first_layer_goes_with_its_integers(monkeypatch):
 def test_first_layers_read_the_images_and_cost_little(monkeypatch):
     bench = bench_of(GRAPHS["residual"]())
     plan = bench.ranges()
-    monkeypatch.setattr(float_layers, "_FIRST_MACS_PCT", 100.0)
+    monkeypatch.setattr(search, "_FIRST_MACS_PCT", 100.0)
     (first,) = first_layers(bench, plan)
     graph = GraphIndex(bench.prepared)
     layer = next(node for node in graph.nodes if graph.weight(node))
     assert first == layer.name
     assert first_layers(bench, plan.keep_float([first], "tried")) == ["c1"]  # not behind its Add
-    share = float_layers._shares(bench)[layer.output[0]]
-    monkeypatch.setattr(float_layers, "_FIRST_MACS_PCT", share + 0.1)
+    share = search._shares(bench)[layer.output[0]]
+    monkeypatch.setattr(search, "_FIRST_MACS_PCT", share + 0.1)
     assert first_layers(bench, plan) == [first]
     assert first_layers(bench, plan.keep_float([first], "tried")) == []
-    monkeypatch.setattr(float_layers, "_FIRST_MACS_PCT", 0.1)
+    monkeypatch.setattr(search, "_FIRST_MACS_PCT", 0.1)
     assert first_layers(bench, plan) == []
 
 
@@ -440,13 +439,13 @@ def test_a_gain_is_sure_beyond_two_standard_errors():
 
 
 def test_nothing_is_looked_for_in_a_network_that_is_well(monkeypatch):
-    monkeypatch.setattr(float_layers, "_worst_layer", lambda *asked: pytest.fail("was looked for"))
+    monkeypatch.setattr(search, "_worst_layer", lambda *asked: pytest.fail("was looked for"))
     bench = bench_of(GRAPHS["residual"]())
     assert not plan_by("auto", bench).float_nodes
 
 
 def test_layers_that_help_nothing_are_not_spared(monkeypatch):
-    monkeypatch.setattr(float_layers, "POOR_DB", 1000.0)
+    monkeypatch.setattr(search, "POOR_DB", 1000.0)
     bench = bench_of(GRAPHS["residual"]())
     plan = bench.ranges()
     spared = spare_layers(bench, plan)
@@ -457,5 +456,5 @@ def test_layers_that_help_nothing_are_not_spared(monkeypatch):
 def test_runs_cover_all_names_once():
     names = [str(n) for n in range(11)]
     for count in (1, 2, 8, 11, 20):
-        runs = float_layers._split(names, count)
+        runs = search._split(names, count)
         assert [name for run in runs for name in run] == names and all(runs)

@@ -9,7 +9,7 @@ import compress
 from compress.errors import QuantizationError
 from compress.graph.model import GraphIndex
 from compress.quantize.notes import float_parts
-from compress.quantize.sqnr import sqnr_db
+from compress.quantize.sessions import sqnr_db
 
 WIDTH, SAMPLES, IMAGES = 16, 64, 24
 

@@ -15,7 +15,7 @@ import compress
 from compress.errors import CompressError
 from compress.packages import is_installed
 from compress.qdq import TARGETS
-from compress.quantize.sqnr import answers, sqnr_each
+from compress.quantize.sessions import answers, sqnr_each
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 

@@ -198,9 +198,7 @@ def _couple(tracer: Tracer, axis: Labels, parts: int) -> None:
 @rule("unfold")
 def windows(tracer: Tracer, call: Call) -> None:
     """Windows along one dimension, each laid out in a new last one."""
-    axes = list(tracer.axes(call.args[0]))
-    tracer.freeze(axes[call.args[1]], "windows slide along it")
-    axes[call.args[1]] = None
+    axes = tracer.fixed(tracer.axes(call.args[0]), [call.args[1]], "windows slide along it")
     tracer.label(call.outputs[0], [*axes, None])
 
 
@@ -223,8 +221,7 @@ def index_select(tracer: Tracer, call: Call) -> None:
     if numbers.ndim == 1:
         axes[dim] = tracer.picked(axes[dim], numbers)
     else:
-        tracer.freeze(axes[dim], _BY_NUMBER)
-        axes[dim] = None
+        axes = tracer.fixed(axes, [dim], _BY_NUMBER)
     tracer.label(call.outputs[0], axes)
 
 
@@ -326,10 +323,7 @@ def _written(tracer: Tracer, call: Call, dims: Sequence[int], given: list[Axis] 
 
     ``given`` are the labels, along the others, of what is written; None where it is one number.
     """
-    axes = list(tracer.axes(call.args[0]))
-    for d in dims:
-        tracer.freeze(axes[d], _BY_NUMBER)
-        axes[d] = None
+    axes = tracer.fixed(tracer.axes(call.args[0]), dims, _BY_NUMBER)
     others = [d for d in range(len(axes)) if d not in dims]
     for d, axis in zip(others, given or (), strict=False):
         axes[d] = tracer.unify(axes[d], axis, "it is written over channels that are fixed")
@@ -404,17 +398,6 @@ def flip(tracer: Tracer, call: Call) -> None:
     for d in call.args[1]:
         axis = axes[d]
         axes[d] = None if axis is None else np.ascontiguousarray(axis[::-1])
-    tracer.label(call.outputs[0], axes)
-
-
-@rule("roll")
-def roll(tracer: Tracer, call: Call) -> None:
-    """Positions shifted by a constant: only along dimensions that stay."""
-    x = call.args[0]
-    axes = list(tracer.axes(x))
-    for d in call.argument(2, []) or range(x.ndim):
-        tracer.freeze(axes[d], "channels are shifted by a number")
-        axes[d] = None
     tracer.label(call.outputs[0], axes)
 
 

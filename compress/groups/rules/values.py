@@ -8,7 +8,7 @@ masked reference does the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -157,17 +157,23 @@ def _zeros(tracer: Tracer, left: int, right: int, before: int, after: int) -> tu
     return rows[0], rows[1]
 
 
-@rule("pixel_shuffle")
-def pixel_shuffle(tracer: Tracer, call: Call) -> None:
-    """``(C r r, H, W) -> (C, H r, W r)``: the r x r channels of one output are tied."""
-    *others, channels, height, width = tracer.axes(call.args[0])
-    tracer.freeze_each((height, width), "pixel_shuffle works along it")
+@rule("pixel_shuffle col2im")
+def onto_larger_map(tracer: Tracer, call: Call) -> None:
+    """Several channels, or places of a window, to one of C on a larger map: they are tied.
+
+    ``(C r r, H, W) -> (C, H r, W r)``, and fold: ``(C x window, places) -> (C, H, W)``.
+    """
+    is_fold = call.name == "col2im"
+    axes, name = tracer.axes(call.args[0]), "fold" if is_fold else call.name
+    *others, channels = axes[: -1 if is_fold else -2]
+    tracer.freeze_each(axes[-1 if is_fold else -2 :], f"{name} works along it")
     if channels is not None:
-        rows = channels.reshape(-1, call.args[1] ** 2)
+        rows = channels.reshape(-1, math.prod(call.args[2]) if is_fold else call.args[1] ** 2)
         tracer.constraints.tie(rows.T)
-        channels = rows[:, 0].copy() if len(rows) > 1 else None
-        if channels is None:
+        channels = rows[:, 0].copy()
+        if len(rows) == 1 and not is_fold:
             tracer.freeze(rows.ravel(), "pixel_shuffle makes one channel of them")
+            channels = None
     tracer.label(call.outputs[0], [*others, channels, None, None])
 
 
@@ -181,18 +187,6 @@ def unfold(tracer: Tracer, call: Call) -> None:
     if channels is not None:
         channels = np.repeat(channels, out.shape[len(others)] // len(channels))
     tracer.label(out, [*others, channels, *(None,) * (out.ndim - len(others) - 1)])
-
-
-@rule("col2im")
-def fold(tracer: Tracer, call: Call) -> None:
-    """``(C x window, places) -> (C, H, W)``: what the places of a window hold of C is tied."""
-    *others, channels, places = tracer.axes(call.args[0])
-    tracer.freeze(places, "fold works along it")
-    if channels is not None:
-        rows = channels.reshape(-1, math.prod(call.args[2]))
-        tracer.constraints.tie(rows.T)
-        channels = rows[:, 0].copy()
-    tracer.label(call.outputs[0], [*others, channels, None, None])
 
 
 @rule("glu")
@@ -344,53 +338,38 @@ def _label_without(tracer: Tracer, call: Call, dims: Container[int], leading: in
         tracer.label(out, [*(None,) * leading, *(axes if is_kept else left)])
 
 
-@rule("_softmax _log_softmax _safe_softmax softmax cumsum cumprod logcumsumexp")
+@rule(
+    "_softmax _log_softmax _safe_softmax softmax cumsum cumprod logcumsumexp local_response_norm "
+    "renorm"
+)
 def along(tracer: Tracer, call: Call) -> None:
-    """Softmax and cumulative sums: shape and labels stay, values mix along one dimension."""
-    x, dim = call.args[0], call.args[1]
-    axes = tracer.axes(x)
+    """Shape and labels stay, and values mix along some dimensions: those of kept channels.
+
+    In a response norm they are those of neighbouring channels, in a limit on the norm of filters
+    (renorm) all but one.
+    """
+    axes = list(tracer.axes(call.args[0]))
     tracer.label(call.outputs[0], axes)
-    if axes[dim % x.ndim] is not None:
+    if call.name == "renorm":
+        del axes[call.args[2]]
+    else:
+        axes = [axes[1 if call.name == "local_response_norm" else call.args[1]]]
+    if any(axis is not None for axis in axes):
         tracer.restrict(call)
 
 
-@rule("local_response_norm")
-def response_norm(tracer: Tracer, call: Call) -> None:
-    """Each channel is divided by what its neighbours answer: of the channels that are kept."""
-    axes = tracer.axes(call.args[0])
-    tracer.label(call.outputs[0], axes)
-    if axes[1] is not None:
-        tracer.restrict(call)
-
-
-@rule("renorm")
-def renorm(tracer: Tracer, call: Call) -> None:
-    """Parts along one dimension are scaled by their own norm: a limit on the norm of filters."""
-    x, dim = call.args[0], call.args[2]
-    axes = tracer.axes(x)
-    tracer.label(call.outputs[0], axes)
-    if any(axis is not None for d, axis in enumerate(axes) if d != dim % x.ndim):
-        tracer.restrict(call)
-
-
-@rule("tril triu rot90")
+@rule("tril triu rot90 roll _fft_r2c _fft_c2r _fft_c2c")
 def plane(tracer: Tracer, call: Call) -> None:
-    """Triangles and turns of planes leave the channels along the other dimensions alone."""
-    axes: list[Axis] = list(tracer.axes(call.args[0]))
-    for dim in call.argument(2, (0, 1)) if call.name == "rot90" else (-2, -1):
-        tracer.freeze(axes[dim], f"{call.name} works along it")
-        axes[dim] = None
-    tracer.label(call.outputs[0], axes)
-
-
-@rule("_fft_r2c _fft_c2r _fft_c2c")
-def fourier(tracer: Tracer, call: Call) -> None:
-    """A Fourier transform along some dimensions leaves the channels along the others alone."""
-    axes: list[Axis] = list(tracer.axes(call.args[0]))
-    for dim in call.args[1]:
-        tracer.freeze(axes[dim], "a Fourier transform works along it")
-        axes[dim] = None
-    tracer.label(call.outputs[0], axes)
+    """Triangles, turns, shifts and Fourier transforms leave channels along other dimensions."""
+    x, why = call.args[0], f"{call.name} works along it"
+    dims: Iterable[int] = (-2, -1)
+    if call.name == "rot90":
+        dims = call.argument(2, (0, 1))
+    elif call.name == "roll":
+        dims, why = call.argument(2, []) or range(x.ndim), "channels are shifted by a number"
+    elif call.name.startswith("_fft"):
+        dims, why = call.args[1], "a Fourier transform works along it"
+    tracer.label(call.outputs[0], tracer.fixed(tracer.axes(x), dims, why))
 
 
 @rule("view_as_real view_as_complex")

@@ -49,12 +49,9 @@ class Consumer:
 class ChannelGroup:
     """The C units of one group and every parameter entry they own, as a criterion sees them.
 
-    Args:
-        group: Its name, size and slices.
-        tensors: The parameters by name, detached. Not modified.
-        norm_scales: Names of the parameters that scale a normalized channel (BatchNorm's weight).
-        evidence: What the network showed on data.
-        norms: Norms found so far, shared by the groups of one network, which share tensors.
+    ``tensors`` are the parameters by name, detached, ``norm_scales`` the names of those that scale
+    a normalized channel (BatchNorm's weight); ``norms`` found so far are shared by the groups of
+    one network, which share tensors.
     """
 
     def __init__(

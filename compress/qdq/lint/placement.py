@@ -8,8 +8,8 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
-from compress.graph.fused import OF_ONE_CPU, is_fused
 from compress.graph.model import ACTIVATIONS, WEIGHTED, attribute
+from compress.graph.plain import OF_ONE_CPU, is_fused
 from compress.graph.values import (
     MOVING,
     EditableGraph,

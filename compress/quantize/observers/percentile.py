@@ -29,7 +29,8 @@ class Percentile:
         if symmetric:
             counts, width = seen.magnitudes()
             largest = max(-seen.low, seen.high)
-            edge = _first(np.cumsum(counts), share * counts.sum())
+            wanted = share * counts.sum() * (1 - 1e-12)
+            edge = int(np.searchsorted(np.cumsum(counts), wanted))
             limit = min((edge + 1) * width, largest)
             return -limit, limit
         width = 2.0**seen.exponent
@@ -42,7 +43,3 @@ class Percentile:
             edge = int(kept[-1]) if len(kept) else 0
             ends.append(max(min((edge + 1) * width, extreme), 0.0))
         return -ends[0], ends[1]
-
-
-def _first(cumulated: np.ndarray, wanted: float) -> int:
-    return int(np.searchsorted(cumulated, wanted * (1 - 1e-12)))

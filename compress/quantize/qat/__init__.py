@@ -47,15 +47,8 @@ def train_quantized(
     the original network or there are no labels. The loop is the one of all training, so it resumes
     from ``folder``.
 
-    Args:
-        model: The fp32 graph that ``plan`` was made for. Not modified.
-        plan: Where training begins. Layers that it leaves in float stay float.
-        dataset: Trained on "train", watched on "validation".
-        settings: ``qat`` says how to train (one epoch at the defaults if absent),
-            ``learned_scales`` whether the scales are trained as well (LSQ).
-        folder: For checkpoints.
-        seed: Of the training.
-        task: What the network is for; one class an image if absent.
+    Settings say how to train (``qat``; one epoch at the defaults if absent), and whether the scales
+    are trained as well (``learned_scales``: LSQ).
 
     Raises:
         QuantizationError: the plan does not fit, or an operator of the graph cannot be trained.

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any, Protocol
 
-import numpy as np
 import onnx
 import torch
 from onnx import NodeProto, helper, numpy_helper
@@ -42,9 +41,7 @@ class OnnxNetwork(nn.Module):
 
     It computes in float32 whatever autocast says: int8 steps are finer than those of bf16.
 
-    Args:
-        model: A float graph whose constants are initializers, as ``compress.graph.preprocess``
-            makes it.
+    Constants of the graph are initializers, as ``compress.graph.preprocess`` makes them.
 
     Raises:
         QuantizationError: the graph has an operator without a rule in ``operators.py``.
@@ -61,7 +58,11 @@ class OnnxNetwork(nn.Module):
                 expected=f"one of {', '.join(sorted(OPERATORS))}",
                 fix="Quantize without qat, or replace this layer",
             )
-        self.steps = [(n, _attributes(n)) for n in model.graph.node]
+        nodes = model.graph.node
+        given = ({a.name: helper.get_attribute_value(a) for a in n.attribute} for n in nodes)
+        self.steps = [  # before opset 18 a Split does not say how many outputs it has
+            (n, {"num_outputs": len(n.output), **own}) for n, own in zip(nodes, given, strict=True)
+        ]
         self.inputs = [v.name for v in model.graph.input]
         self.layout = input_facts(model).get("layout")
         self.outputs = [v.name for v in model.graph.output]
@@ -76,8 +77,7 @@ class OnnxNetwork(nn.Module):
             return self.scalars[name]
         if name not in self.places:
             return None
-        module, attribute = self.places[name]
-        value: Tensor = getattr(module, attribute)
+        value: Tensor = getattr(*self.places[name])
         return value
 
     def forward(self, *images: Tensor) -> Any:
@@ -115,14 +115,10 @@ class OnnxNetwork(nn.Module):
         model = deepcopy(self.model)
         for tensor in model.graph.initializer:
             if tensor.name in self.places:
-                array = self._array(tensor.name)
+                value: Tensor = getattr(*self.places[tensor.name])
+                array = value.detach().float().cpu().contiguous().numpy()
                 tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
         return model
-
-    def _array(self, name: str) -> np.ndarray[Any, Any]:
-        module, attribute = self.places[name]
-        value: Tensor = getattr(module, attribute)
-        return value.detach().float().cpu().contiguous().numpy()
 
     def _keep_constants(self, model: onnx.ModelProto) -> None:
         trained = {
@@ -158,11 +154,6 @@ class OnnxNetwork(nn.Module):
         if not last or hasattr(module, last):
             return self, f"constant_{len(self.places)}"
         return module, last
-
-
-def _attributes(node: NodeProto) -> dict[str, Any]:
-    given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    return {"num_outputs": len(node.output), **given}  # before opset 18 a Split does not say it
 
 
 def _last_uses(nodes: Sequence[NodeProto]) -> dict[int, list[str]]:

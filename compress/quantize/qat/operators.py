@@ -61,17 +61,17 @@ def gemm(a: Attributes, x: Tensor, weight: Tensor, bias: Value = None) -> Tensor
     return product if bias is None else torch.add(product, bias, alpha=a.get("beta", 1.0))
 
 
-def max_pool(a: Attributes, x: Tensor) -> Tensor:
+def max_pool(a: Attributes, x: Tensor) -> Any:
     """Maximum over windows."""
     rank, kernel = x.ndim - 2, a["kernel_shape"]
     x, padding = _padded(a, x, rank, kernel, float("-inf"), largest=True)
     function: Any = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[rank - 1]
     stride, dilation = a.get("strides", [1] * rank), a.get("dilations", [1] * rank)
     ceil = bool(a.get("ceil_mode", 0))
-    return _tensor(function(x, kernel, stride, padding, dilation, ceil))
+    return function(x, kernel, stride, padding, dilation, ceil)
 
 
-def average_pool(a: Attributes, x: Tensor) -> Tensor:
+def average_pool(a: Attributes, x: Tensor) -> Any:
     """Mean over windows, padding counted or not."""
     rank, kernel = x.ndim - 2, a["kernel_shape"]
     counted = bool(a.get("count_include_pad", 0))
@@ -79,10 +79,10 @@ def average_pool(a: Attributes, x: Tensor) -> Tensor:
     function: Any = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[rank - 1]
     padded, padding = _padded(a, x, rank, kernel, 0.0, largest=True)
     if counted or padded is x:
-        return _tensor(function(padded, kernel, stride, padding, ceil, counted))
+        return function(padded, kernel, stride, padding, ceil, counted)
     ones = _padded(a, torch.ones_like(x), rank, kernel, 0.0, largest=True)[0]
     total, count = (function(v, kernel, stride, padding, ceil, True) for v in (padded, ones))
-    return _tensor(total / count)
+    return total / count
 
 
 def batch_normalization(
@@ -307,21 +307,12 @@ def _number(value: Any) -> Any:
     return float(value) if isinstance(value, Tensor) and value.numel() == 1 else value
 
 
-def _tensor(value: Any) -> Tensor:
-    result: Tensor = value
-    return result
-
-
 def _global(function: Callable[..., Tensor]) -> Operator:
     return lambda _, x: function(x, dim=tuple(range(2, x.ndim)), keepdim=True)
 
 
-def _unary(function: Callable[[Tensor], Tensor]) -> Operator:
-    return lambda _, x: function(x)
-
-
-def _binary(function: Callable[[Tensor, Tensor], Tensor]) -> Operator:
-    return lambda _, x, y: function(x, y)
+def _plain(function: Callable[..., Tensor]) -> Operator:
+    return lambda _, *inputs: function(*inputs)
 
 
 def _divide(x: Tensor, y: Tensor) -> Tensor:
@@ -329,8 +320,8 @@ def _divide(x: Tensor, y: Tensor) -> Tensor:
 
 
 OPERATORS: dict[str, Operator] = {
-    "Abs": _unary(torch.abs),
-    "Add": _binary(torch.add),
+    "Abs": _plain(torch.abs),
+    "Add": _plain(torch.add),
     "AveragePool": average_pool,
     "BatchNormalization": batch_normalization,
     "Cast": cast,
@@ -339,15 +330,15 @@ OPERATORS: dict[str, Operator] = {
     "Conv": conv,
     "ConvTranspose": conv_transpose,
     "DepthToSpace": depth_to_space,
-    "Div": _binary(_divide),
+    "Div": _plain(_divide),
     "Dropout": lambda _, x, *rest: x,
     "Elu": lambda a, x: F.elu(x, a.get("alpha", 1.0)),
-    "Equal": _binary(torch.eq),
-    "Erf": _unary(torch.erf),
-    "Exp": _unary(torch.exp),
+    "Equal": _plain(torch.eq),
+    "Erf": _plain(torch.erf),
+    "Exp": _plain(torch.exp),
     "Expand": lambda _, x, shape: x * torch.ones(shape.tolist(), dtype=x.dtype, device=x.device),
     "Flatten": flatten,
-    "Floor": _unary(torch.floor),
+    "Floor": _plain(torch.floor),
     "Gather": gather,
     "Gelu": lambda a, x: F.gelu(x, approximate=a.get("approximate", b"none").decode()),
     "Gemm": gemm,
@@ -355,46 +346,46 @@ OPERATORS: dict[str, Operator] = {
     "GlobalMaxPool": _global(torch.amax),
     "GroupNormalization": group_normalization,
     "HardSigmoid": hard_sigmoid,
-    "HardSwish": _unary(F.hardswish),
-    "Identity": _unary(lambda x: x),
+    "HardSwish": _plain(F.hardswish),
+    "Identity": _plain(lambda x: x),
     "InstanceNormalization": instance_normalization,
     "LayerNormalization": layer_normalization,
     "LeakyRelu": lambda a, x: F.leaky_relu(x, a.get("alpha", 0.01)),
-    "Log": _unary(torch.log),
+    "Log": _plain(torch.log),
     "LogSoftmax": softmax(F.log_softmax),
-    "MatMul": _binary(torch.matmul),
+    "MatMul": _plain(torch.matmul),
     "Max": lambda _, *parts: _stacked(parts).amax(0),
     "MaxPool": max_pool,
     "Min": lambda _, *parts: _stacked(parts).amin(0),
-    "Mish": _unary(F.mish),
-    "Mul": _binary(torch.mul),
-    "Neg": _unary(torch.neg),
+    "Mish": _plain(F.mish),
+    "Mul": _plain(torch.mul),
+    "Neg": _plain(torch.neg),
     "PRelu": prelu,
     "Pad": pad,
-    "Pow": _binary(torch.pow),
-    "Reciprocal": _unary(torch.reciprocal),
+    "Pow": _plain(torch.pow),
+    "Reciprocal": _plain(torch.reciprocal),
     "ReduceL2": reduce(torch.linalg.vector_norm),
     "ReduceMax": reduce(torch.amax),
     "ReduceMean": reduce(torch.mean),
     "ReduceMin": reduce(torch.amin),
     "ReduceSum": reduce(torch.sum),
-    "Relu": _unary(F.relu),
+    "Relu": _plain(F.relu),
     "Reshape": reshape,
     "Resize": resize,
-    "Selu": _unary(F.selu),
+    "Selu": _plain(F.selu),
     "Shape": lambda a, x: torch.tensor(list(x.shape)[a.get("start", 0) : a.get("end")]),
-    "Sigmoid": _unary(torch.sigmoid),
+    "Sigmoid": _plain(torch.sigmoid),
     "Slice": slice_,
     "Softmax": softmax(F.softmax),
-    "Softplus": _unary(F.softplus),
+    "Softplus": _plain(F.softplus),
     "SpaceToDepth": space_to_depth,
     "Split": split_parts,
-    "Sqrt": _unary(torch.sqrt),
+    "Sqrt": _plain(torch.sqrt),
     "Squeeze": squeeze,
-    "Sub": _binary(torch.sub),
+    "Sub": _plain(torch.sub),
     "Sum": lambda _, *parts: _stacked(parts).sum(0),
     "Swish": lambda a, x: x * torch.sigmoid(a.get("alpha", 1.0) * x),
-    "Tanh": _unary(torch.tanh),
+    "Tanh": _plain(torch.tanh),
     "Transpose": lambda a, x: x.permute(a.get("perm", list(range(x.ndim))[::-1])),
     "Unsqueeze": unsqueeze,
     "Where": lambda _, condition, x, y: torch.where(condition, x, y),

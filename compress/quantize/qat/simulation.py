@@ -26,12 +26,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero: Tensor, low: int, high: int) -
     This is ONNX's DequantizeLinear(QuantizeLinear(x)). The gradient of ``x`` passes where the
     value is not clipped (straight-through); that of ``scale`` is LSQ's.
 
-    Args:
-        x: Any shape, float32.
-        scale: Positive, a scalar or broadcastable to ``x``.
-        zero: Zero point, the shape of ``scale``, whole numbers.
-        low: Smallest integer.
-        high: Largest integer.
+    ``scale``, positive, and ``zero``, whole numbers, are of one shape that broadcasts to ``x``.
 
     Source: Esser et al., Learned Step Size Quantization, ICLR 2020, https://arxiv.org/abs/1902.08153,
     equations 1 to 3.
@@ -149,7 +144,6 @@ class SimulatedNetwork(OnnxNetwork):
     same writer makes that makes graphs of post-training quantization.
 
     Args:
-        model: The fp32 graph that the plan was made for, prepared or not. Not modified.
         plan: Ranges, scales, corrections (they are where training begins), layers left in float.
         learned_scales: Train the scales as well (LSQ).
 
@@ -173,19 +167,19 @@ class SimulatedNetwork(OnnxNetwork):
         self.placement = place(GraphIndex(prepared), target, plan.float_nodes)
         self.weighted = frozenset(self.placement.weights)
         self.groups = {name: _group(self.placement, name) for name in self.placement.readers}
-        self.activations = nn.ModuleDict()
-        self.keys: dict[frozenset[str], str] = {}
-        for group in self.groups.values():
-            if group not in self.keys:
-                self.keys[group] = f"scale_{len(self.keys)}"
-                found = widest(plan.activations[name] for name in group)
-                self.activations[self.keys[group]] = _quantizer(
-                    found, target, learned=learned_scales
-                )
-        self.kernels = nn.ModuleDict()
-        self.kernel_keys: dict[str, str] = {}
+        self.quantizers = {
+            group: _quantizer(
+                widest(plan.activations[name] for name in group), target, learned=learned_scales
+            )
+            for group in dict.fromkeys(self.groups.values())
+        }
+        made = enumerate(self.quantizers.values())
+        self.activations = nn.ModuleDict({f"scale_{i}": each for i, each in made})
+        self.roundings: dict[str, WeightQuantizer] = {}  # by weight
         for name in self.placement.weights:
-            self._add_kernel(self.graph_nodes[name])
+            self._add_rounding(self.graph_nodes[name])
+        kernels = enumerate(self.roundings.values())
+        self.kernels = nn.ModuleDict({f"kernel_{i}": each for i, each in kernels})
 
     def write(self) -> onnx.ModelProto:
         """Return the Q/DQ graph for the target, with weights and scales as they are now."""
@@ -202,8 +196,7 @@ class SimulatedNetwork(OnnxNetwork):
         if not self.learned_scales:
             return plan.changed(weights=weights, notes=notes)
         ranges = dict(plan.activations)
-        for group, key in self.keys.items():
-            learned = self.activations[key]
+        for group, learned in self.quantizers.items():
             for name in group:
                 ranges[name] = _learned_range(ranges[name], learned)
         return plan.changed(weights=weights, activations=ranges, notes=notes)
@@ -214,10 +207,10 @@ class SimulatedNetwork(OnnxNetwork):
         def read(node: str, position: int, name: str, value: Tensor) -> Tensor:
             if (node, position) in self.placement.readers.get(name, ()):
                 if name not in rounded:
-                    rounded[name] = self._quantizer_of(name)(value)
+                    rounded[name] = self.quantizers[self.groups[name]](value)
                 return rounded[name]
             if node in self.weighted and position == 1:
-                weight: Tensor = self._kernel(name)(value, self._floor(node, value))
+                weight: Tensor = self.roundings[name](value, self._floor(node, value))
                 return weight
             if node in self.weighted and position == 2 and RULES[self.target].int32_bias:
                 return self._bias(node, value)
@@ -225,27 +218,15 @@ class SimulatedNetwork(OnnxNetwork):
 
         return read
 
-    def _quantizer_of(self, tensor: str) -> FakeQuantizer:
-        module = self.activations[self.keys[self.groups[tensor]]]
-        if not isinstance(module, FakeQuantizer):
-            raise TypeError(f"{tensor} has a {type(module).__name__}")
-        return module
-
-    def _kernel(self, weight: str) -> WeightQuantizer:
-        module = self.kernels[self.kernel_keys[weight]]
-        if not isinstance(module, WeightQuantizer):
-            raise TypeError(f"{weight} has a {type(module).__name__}")
-        return module
-
     def _floor(self, node: str, weight: Tensor) -> Tensor:
         """Return the smallest scales with which the int32 bias of ``node`` does not overflow."""
         inputs = self.graph_nodes[node].input
         bias = self.constant(inputs[2]) if len(inputs) > 2 else None
         if bias is None or not RULES[self.target].int32_bias:
             return torch.full((1,), 1e-12, device=weight.device)
-        incoming = self._quantizer_of(inputs[0]).scale.detach()
+        incoming = self.quantizers[self.groups[inputs[0]]].scale.detach()
         floor = (bias.detach().abs().double() / BIAS_LIMIT / incoming.double()).reshape(-1)
-        if self._kernel(inputs[1]).axis is None:
+        if self.roundings[inputs[1]].axis is None:
             floor = floor.max().reshape(1)
         return floor.float().clamp(min=1e-12)
 
@@ -255,28 +236,26 @@ class SimulatedNetwork(OnnxNetwork):
         weight = self.constant(inputs[1])
         if weight is None:
             return bias
-        scale = self._kernel(inputs[1]).scale(weight, self._floor(node, weight)).detach()
-        unit = scale.double() * self._quantizer_of(inputs[0]).scale.detach().double()
+        scale = self.roundings[inputs[1]].scale(weight, self._floor(node, weight)).detach()
+        unit = scale.double() * self.quantizers[self.groups[inputs[0]]].scale.detach().double()
         rounded = torch.round(bias.detach().double() / unit) * unit.float().double()
         return bias + (rounded.float() - bias).detach()
 
-    def _add_kernel(self, node: onnx.NodeProto) -> None:
+    def _add_rounding(self, node: onnx.NodeProto) -> None:
         name = node.input[1]
         weight = self.constant(name)
-        if weight is None or name in self.kernel_keys:
-            return
-        axis = scale_axis(node, weight.ndim)
-        self.kernel_keys[name] = f"kernel_{len(self.kernel_keys)}"
-        self.kernels[self.kernel_keys[name]] = WeightQuantizer(
-            weight.detach(), axis, self.plan.weights.get(name), learned=self.learned_scales
-        )
+        if weight is not None and name not in self.roundings:
+            axis, planned = scale_axis(node, weight.ndim), self.plan.weights.get(name)
+            self.roundings[name] = WeightQuantizer(
+                weight.detach(), axis, planned, learned=self.learned_scales
+            )
 
     def _weight_scales(self, node: str) -> WeightScales:
         name = self.graph_nodes[node].input[1]
         weight = self.constant(name)
         if weight is None:
             raise TypeError(f"{node} has no constant weight")
-        kernel = self._kernel(name)
+        kernel = self.roundings[name]
         scale = kernel.scale(weight, self._floor(node, weight)).detach().cpu().numpy()
         return WeightScales(kernel.axis, tuple(float(s) for s in scale))
 
@@ -294,10 +273,8 @@ def _quantizer(found: ActivationRange, target: str, *, learned: bool) -> FakeQua
     return FakeQuantizer(float(made.scale), int(made.zero_point), **limits)
 
 
-def _learned_range(before: ActivationRange, learned: nn.Module) -> ActivationRange:
+def _learned_range(before: ActivationRange, learned: FakeQuantizer) -> ActivationRange:
     """Return the range that the writer turns into the learned scale and the same zero point."""
-    if not isinstance(learned, FakeQuantizer):
-        raise TypeError(type(learned).__name__)
     scale, zero = float(learned.scale.detach()), float(learned.zero)
     low, high = (learned.low - zero) * scale, (learned.high - zero) * scale
     if learned.low < 0:  # int8: the plan speaks of the symmetric range

@@ -126,21 +126,10 @@ def _matched(
     settings: DistillSettings,
     task: Task | None,
 ) -> tuple[Tensor | None, list[Term]]:
-    """Return the order of the teacher's classes, and the losses between the two networks."""
+    """Return the order of the teacher's classes, and the losses with the layers they compare."""
     order = None
     if task is None:
         order = class_order(dataset.classes, settings.teacher_classes, answering.classes)
-    return order, _terms(student, answering, dataset, settings, task)
-
-
-def _terms(
-    student: nn.Module,
-    answering: Teacher,
-    dataset: Dataset,
-    settings: DistillSettings,
-    task: Task | None,
-) -> list[Term]:
-    """Return the losses between the networks, with the layers that they compare."""
     device = device_of(student)
     mine = survey(student, dataset.example.to(device))
     if task is None and mine.classes != len(dataset.classes):
@@ -156,7 +145,7 @@ def _terms(
     given: Any = dataset.splits["train"].labels
     labels = torch.from_numpy(given) if isinstance(given, np.ndarray) else torch.zeros(0)
     prepare_losses(terms, student, answering, dataset.example, labels)
-    return terms
+    return order, terms
 
 
 DEFAULT_LOSSES = ("dkd",)  # of one class for each image

@@ -142,25 +142,21 @@ class LayerComparison:
         return [term.loss for term in self.terms if isinstance(term.loss, nn.Module)]
 
     @property
-    def student_taps(self) -> tuple[Tap, ...]:
-        """Where the losses look at the student."""
-        return tuple(dict.fromkeys(pair.student for term in self.terms for pair in term.pairs))
-
-    @property
-    def teacher_taps(self) -> tuple[Tap, ...]:
-        """Where the losses look at the teacher."""
-        return tuple(dict.fromkeys(pair.teacher for term in self.terms for pair in term.pairs))
+    def taps(self) -> tuple[tuple[Tap, ...], tuple[Tap, ...]]:
+        """Where the losses look at the student, and at the teacher."""
+        pairs = [pair for term in self.terms for pair in term.pairs]
+        return (
+            tuple(dict.fromkeys(pair.student for pair in pairs)),
+            tuple(dict.fromkeys(pair.teacher for pair in pairs)),
+        )
 
 
 class DistillObjective(LayerComparison, Objective):
     """The loss with the labels plus a weighted sum of losses towards a teacher.
 
     Args:
-        terms: The losses.
-        teacher: Whoever answers.
         order: Teacher's output of each class of the student, (K,); None where they agree.
         hard: The loss with the labels: cross-entropy, or that of a task.
-        hard_weight: Its weight.
         warmup_epochs: Epochs over which the losses fade in.
     """
 
@@ -185,9 +181,10 @@ class DistillObjective(LayerComparison, Objective):
     def __call__(self, model: nn.Module, images: Tensor, target: Any) -> Tensor:
         """Return the weighted sum, a scalar."""
         index = self._moment.index if self._moment is not None else None
-        answer, theirs = self.teacher(images, index, self.teacher_taps)
+        of_student, of_teacher = self.taps
+        answer, theirs = self.teacher(images, index, of_teacher)
         answer = self._ordered(answer)
-        with tapped(getattr(model, "_orig_mod", model), self.student_taps) as mine:
+        with tapped(getattr(model, "_orig_mod", model), of_student) as mine:
             logits, hard = self._answered(model, images, target)
         loss = self.hard_weight * hard
         labels = target
@@ -349,7 +346,7 @@ class Distiller(LayerComparison):
         if not self._has_seen(images):
             self._outputs.clear()
             self.student(images)
-        answer, theirs = self._teacher(images, None, self.teacher_taps)
+        answer, theirs = self._teacher(images, None, self.taps[1])
         logits = main_answer(self._outputs)
         total = torch.zeros((), device=images.device)
         for term in self.terms:
@@ -390,7 +387,7 @@ class Distiller(LayerComparison):
 
     def _watch(self) -> None:
         """Keep what the student computes from now on, until the end."""
-        self._features = self._open.enter_context(tapped(self.student, self.student_taps))
+        self._features = self._open.enter_context(tapped(self.student, self.taps[0]))
         self._open.enter_context(self.student.register_forward_hook(self._note))
 
     def _note(self, _module: nn.Module, _given: Any, output: Any) -> None:

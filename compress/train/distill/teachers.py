@@ -42,14 +42,10 @@ class Teacher(Protocol):
 
 
 class TorchTeacher:
-    """A network, in evaluation mode while it teaches.
+    """A network, in evaluation mode until ``close`` leaves it as it was found.
 
-    Args:
-        model: The network; left as found by :meth:`close`.
-        example: One image as the student gets it, (1, C, H, W).
-        image_size: Side of the teacher's own input; the student's if None.
-        device: Where it runs; beside the student if None.
-        compiled: Whether it answers compiled by torch.compile; then there are no features.
+    Its input may be of another ``image_size`` than the student's, (1, C, H, W), and it may run on
+    another ``device``; compiled by torch.compile it has no features.
     """
 
     def __init__(
@@ -103,12 +99,8 @@ class TorchTeacher:
 class SessionTeacher:
     """An ONNX file or engine in any runtime: logits only.
 
-    Args:
-        session: Open session; closed by :meth:`close` if ``owned``.
-        example: One image as the student gets it, (1, C, H, W).
-        image_size: Side of the teacher's own input; the student's if None.
-        name: What to call it.
-        owned: Whether to close the session at the end.
+    Its input may be of another ``image_size`` than the student's, (1, C, H, W); ``close`` closes
+    the session if it is ``owned``.
     """
 
     survey: Survey | None = None
@@ -149,7 +141,6 @@ class CachedTeacher:
         teacher: Asked for images that are not known yet.
         path: File of (N, K + 1) float32, shared by the processes of one machine; the last column
             holds the parity of a row's bits.
-        images: N.
     """
 
     survey: Survey | None = None

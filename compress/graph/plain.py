@@ -1,15 +1,16 @@
-"""What ONNX Runtime fused when it saved a graph, written as the operators of ONNX again."""
+"""What ONNX Runtime fused, and half or double precision, written plainly: int8 begins from fp32."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import onnx_ir as ir
 from onnx import ModelProto
 
 from compress.graph.model import attribute
-from compress.graph.values import EditableGraph, constant, label, maker
+from compress.graph.values import EditableGraph, constant, label, maker, set_attribute
 
 # Layouts of the CPU that a file was optimized on: weights are stored in blocks of its registers.
 OF_ONE_CPU = frozenset({"com.microsoft.nchwc", "com.ms.internal.nhwc"})
@@ -134,3 +135,71 @@ _WRITERS: dict[str, Callable[[EditableGraph, ir.Node], None]] = {
     **dict.fromkeys(("BiasGelu", "Gelu"), _write_gelu),
     "QuickGelu": _write_gate,
 }
+
+HALF, SINGLE, DOUBLE = ir.DataType.FLOAT16, ir.DataType.FLOAT, ir.DataType.DOUBLE
+_TYPES = ("to", "dtype")  # attributes that name an element type
+
+
+def to_single(model: ModelProto) -> ModelProto:
+    """Return ``model`` with what it computes in half or double precision, as its weights are.
+
+    People keep networks in fp16, often as the only file that they have, and those of numpy and
+    scikit-learn are in double precision. Their numbers are as good to quantize as any: the layers
+    become int8, and the rest is what it was before the conversion. Inputs and outputs keep their
+    type, with a cast. The model has no functions of its own.
+    """
+    graph = EditableGraph(model)
+    tensors = list(_constants(graph))
+    # Sizes are computed in double precision, in networks that are not: of a matrix nobody does that
+    kinds = [HALF] if any(each.dtype == HALF for each in tensors) else []
+    kinds += [DOUBLE] if any(t.dtype == DOUBLE and len(t.shape) > 1 for t in tensors) else []
+    for kind in kinds:
+        _write_single(graph, kind)
+    return graph.to_model() if kinds else model
+
+
+def _write_single(graph: EditableGraph, kind: ir.DataType) -> None:
+    body = graph.body
+    inputs = [each for each in body.inputs if each.dtype == kind and each.const_value is None]
+    outputs = [each for each in body.outputs if each.dtype == kind]
+    for value in _values(graph):
+        if value.dtype == kind:
+            value.dtype = SINGLE
+        if value.const_value is not None and value.const_value.dtype == kind:
+            value.const_value = _as_single(value.const_value)
+    for node in body.all_nodes():
+        for name, item in list(node.attributes.items()):
+            if name in _TYPES and item.value == kind:
+                set_attribute(node, name, int(SINGLE))
+            elif item.type == ir.AttributeType.TENSOR and item.value.dtype == kind:
+                set_attribute(node, name, _as_single(item.value))
+    for value in inputs:
+        value.dtype = kind
+        single = graph.add("Cast", [value], f"{value.name}_single", to=int(SINGLE))
+        cast = maker(single)
+        graph.replace(value, single, keep=[] if cast is None else [cast])
+    for value in outputs:
+        hint = f"{value.name}_single"
+        back = graph.add("Cast", [value], f"{value.name}_cast", to=int(kind))
+        graph.hand_over(value, back, hint)
+        back.type = ir.TensorType(kind)  # not the one it was handed
+
+
+def _as_single(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    return ir.Tensor(tensor.numpy().astype(np.float32), name=tensor.name)
+
+
+def _values(graph: EditableGraph) -> Iterator[ir.Value]:
+    """Yield all values, those of branches and loops too."""
+    for each in (graph.body, *graph.body.subgraphs()):
+        yield from itertools.chain(each.inputs, each.initializers.values())
+        yield from (value for node in each for value in node.outputs)
+
+
+def _constants(graph: EditableGraph) -> Iterator[ir.TensorProtocol]:
+    yield from (value.const_value for value in _values(graph) if value.const_value is not None)
+    for node in graph.body.all_nodes():
+        if node.op_type == "Constant":
+            yield from (
+                a.value for a in node.attributes.values() if a.type == ir.AttributeType.TENSOR
+            )

@@ -24,24 +24,22 @@ from compress.tasks._metrics import (
     Kind,
     Primary,
     agreement,
-    class_metrics,
-    compare_metrics,
-    mean_of,
-    metrics,
-    values_of,
-)
-from compress.tasks._plain_answers import arrays_told
-from compress.tasks._scoring import (
     channels_first,
     check_repeated,
+    class_metrics,
+    compare_metrics,
     contributions,
     main_output,
+    mean_of,
+    metrics,
     nearest_task,
     numeric,
     predicted,
     scored,
     shapes_told,
+    values_of,
 )
+from compress.tasks._plain_answers import arrays_told
 
 __all__ = [
     "TOP1",

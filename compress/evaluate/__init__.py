@@ -20,7 +20,7 @@ from compress.data import Dataset
 from compress.errors import DataError, EngineError
 from compress.evaluate.comparison import compare_predictions, outputs_row
 from compress.evaluate.feeding import Fed
-from compress.evaluate.predictions import Accuracy, ClassAccuracy, Predictions, accuracy
+from compress.evaluate.predictions import Accuracy, Predictions, accuracy
 from compress.modules import evaluating
 from compress.modules.detectors import before_nms
 from compress.modules.inputs import copied
@@ -32,7 +32,6 @@ from compress.tasks import Task
 
 __all__ = [
     "Accuracy",
-    "ClassAccuracy",
     "ClassEvaluation",
     "Evaluation",
     "Predictions",

@@ -338,11 +338,9 @@ def of_noise(variants: Sequence[Variant]) -> Iterator[str]:
 
 
 def of_slower(variants: Sequence[Variant], round_to: int | str = "auto") -> Iterator[str]:
-    """Yield what takes longer than the original in fp32, and what is fastest there.
+    """Yield what takes longer than the original, the first variant, and what is fastest there.
 
-    Args:
-        variants: The original first.
-        round_to: The multiple that the widths of what was pruned were kept in.
+    ``round_to`` is the multiple that the widths of what was pruned were kept in.
     """
     for variant in variants:
         for result in variant.results:
@@ -373,11 +371,7 @@ def of_slower(variants: Sequence[Variant], round_to: int | str = "auto") -> Iter
 
 
 def of_timing(conditions: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """Yield where the machine did other things while variants were timed.
-
-    Args:
-        conditions: State of the machine by place, as ``measure.bench`` returns it.
-    """
+    """Yield where the machine, by place as ``measure.bench`` tells, did other things meanwhile."""
     for place, state in conditions.items():
         if "busy" in state:
             yield (
@@ -431,7 +425,6 @@ def overlap(others: Sequence[LabelledImages], images: LabelledImages) -> Overlap
 
 
 def _whole(images: LabelledImages) -> LabelledImages:
-    """Return the set that a subset is taken from."""
     return _whole(images.images) if isinstance(images, Subset) else images
 
 
@@ -475,7 +468,6 @@ def _equal_files(others: Sequence[LabelledImages], images: LabelledImages) -> in
 def _stored(
     images: Any, indices: Iterable[int] | None = None
 ) -> Iterator[tuple[int, Callable[[], bytes]]]:
-    """Yield size and reader of every image's file."""
     positions = range(len(images)) if indices is None else indices
     if isinstance(images, Subset):
         yield from _stored(images.images, images.indices[np.fromiter(positions, np.int64)])

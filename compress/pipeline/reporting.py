@@ -148,9 +148,7 @@ def _metric(result: schema.Result) -> dict[str, Any]:
     return {"metric": result.primary or "top-1", **told}
 
 
-def _last_results(
-    rows: Sequence[schema.Variant],
-) -> Iterator[tuple[schema.Variant, schema.Result]]:
+def _last_results(rows: Sequence[schema.Variant]) -> Iterator[tuple[schema.Variant, schema.Result]]:
     """Yield the result of the most compressed variant in each place, in order of the targets."""
     last: dict[tuple[str, int], tuple[schema.Variant, schema.Result]] = {}
     for variant in rows:
@@ -174,7 +172,6 @@ def _gate_value(
 
 
 def _unmeasured(name: str, result: schema.Result, variant: schema.Variant) -> str:
-    """Return why nothing was measured for a gate."""
     if name == "size_ratio":
         return "the file has no size"
     if name in {"top1_drop_pct", "worst_class_drop_pct"} and result.primary is not None:
@@ -394,7 +391,6 @@ def _last_plan(context: RunContext, variants: Sequence[RunVariant]) -> PrunePlan
 
 
 def _channels(plan: PrunePlan) -> Iterator[schema.Channels]:
-    """Yield the output channels of each layer that the plan cuts."""
     for tensor, cuts in plan.tensors.items():
         if tensor.endswith(".weight") and len(plan.shapes[tensor]) > 1 and 0 in cuts:
             yield schema.Channels(

@@ -86,9 +86,7 @@ def metrics(task: Task, scores: Sequence[Contribution]) -> dict[str, MetricRecor
     drawn = _bootstrap(task, scores)
     return {
         name: _metric(
-            values[name],
-            _interval(drawn[name], values[name], kind, len(scores), drawn[name]),
-            kind,
+            values[name], _interval(drawn[name], values[name], kind, len(scores), drawn[name]), kind
         )
         for name, kind in task.kinds.items()
     }

@@ -24,7 +24,7 @@ from compress.runtimes import (
     build_record,
     open_session,
 )
-from compress.runtimes._session import BuildRequest, CheckedSession, TensorSpec
+from compress.runtimes._session import BuildRequest, Session, TensorSpec
 from compress.runtimes._trt import TENSORRT, EngineHeader, Log
 from compress.runtimes._trt_build import Build, BuildSettings
 from compress.runtimes._trt_session import TrtSession, check_fits
@@ -223,7 +223,7 @@ class Echo:
 
 @pytest.mark.parametrize("size", [1, 5])
 def test_a_batch_outside_the_profile_is_refused(size: int) -> None:
-    session = CheckedSession(Echo(), "x.engine")
+    session = Session(Echo(), "x.engine")
     with pytest.raises(
         EngineError,
         match=rf"batch of {size} is outside.*Expected 2 to 4.*--batch 2,2,{max(4, size)}",

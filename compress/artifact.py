@@ -304,11 +304,9 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_text(path: Path, *, failed: str = "cannot be read") -> str:
-    """Return the content of a file as UTF-8.
+    """Return the content of a file as UTF-8; ``failed`` is what to say if it cannot be read.
 
-    Args:
-        path: The file; a pipe or a device, which may never end, is refused.
-        failed: What to say if it cannot be read.
+    A pipe or a device, which may never end, is refused.
 
     Raises:
         RunError: it is absent, no regular file, too large, or no text.

@@ -136,7 +136,7 @@ class RunError(CompressError):
 
 @contextlib.contextmanager
 def boundary(
-    kind: type[CompressError], what: str, *, where: str = "", fix: str = ""
+    kind: type[CompressError], what: str, *, where: str = "", expected: str = "", fix: str = ""
 ) -> Iterator[None]:
     """Turn whatever is raised while a file of somebody else is read into one error of ours.
 
@@ -154,7 +154,7 @@ def boundary(
     except Exception as error:
         reason = reason_of(str(error))[:LONGEST_REASON]
         cause = reason if " " in reason else f"{type(error).__name__} {reason}".strip()
-        raise kind(f"{what}: {cause}", where=where, fix=fix) from error
+        raise kind(f"{what}: {cause}", where=where, expected=expected, fix=fix) from error
 
 
 def unreadable(kind: type[CompressError], error: OSError, where: str = "") -> CompressError:

@@ -51,7 +51,6 @@ class Signals:
 
 
 def _is_importing(frame: FrameType | None) -> bool:
-    """Return whether a module is being imported where ``frame`` runs."""
     while frame is not None and frame.f_code.co_filename != IMPORT:
         frame = frame.f_back
     return frame is not None
@@ -154,7 +153,6 @@ def _end_by_force(wakened: socket.socket) -> None:
 
 
 def _tell_again(number: int) -> None:
-    """Send a signal to the main thread, whatever it waits for."""
     if hasattr(signal, "pthread_kill"):
         signal.pthread_kill(threading.main_thread().ident or 0, number)
     else:

@@ -18,11 +18,7 @@ from compress.errors import MissingPackageError
 DISTRIBUTION = "compress-cnn"  # on the package index, "compress" is another project
 SILENCED = {"mlflow": "MLFLOW_DISABLE_TELEMETRY"}  # read at every event, or it reports its use
 # Packages that report their use over the network, or ask it for something, while they are imported.
-SILENT_IMPORTS = {
-    "nncf": ("CI", "NNCF_CI"),
-    "openvino": ("CI",),
-    "ultralytics": ("YOLO_OFFLINE",),
-}
+SILENT_IMPORTS = {"nncf": ("CI", "NNCF_CI"), "openvino": ("CI",), "ultralytics": ("YOLO_OFFLINE",)}
 
 
 def require(module: str, *, extra: str, purpose: str) -> ModuleType:

@@ -186,7 +186,6 @@ def spelled_types(kind: str, name: str) -> dict[str, str]:
 
 
 def _spelled(hint: Any) -> str:
-    """Return what a type is called in YAML."""
     origin, inner = get_origin(hint) or hint, get_args(hint)
     if origin is Literal:
         return ", ".join(map(str, inner))
@@ -234,8 +233,7 @@ def reference(text: str) -> str | dict[str, dict[str, Any]]:
         key, equals, value = part.partition("=")
         if not key or not equals or not value:
             raise UsageError(
-                f"{part!r} in {text!r} is no option",
-                expected="NAME:OPTION=VALUE,OPTION=VALUE",
+                f"{part!r} in {text!r} is no option", expected="NAME:OPTION=VALUE,OPTION=VALUE"
             )
         options[key] = yaml.safe_load(value)
     return {name: options}

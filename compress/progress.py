@@ -79,38 +79,28 @@ _depth: ContextVar[int] = ContextVar("compress_progress_depth", default=0)
 @contextlib.contextmanager
 def show_progress() -> Iterator[None]:
     """Show the progress of everything inside on stderr."""
-    if not sys.stderr.isatty():
-        token = _bars.set("lines")
+    with _terminal_bars() if sys.stderr.isatty() else contextlib.nullcontext("lines") as shown:
+        token = _bars.set(shown)
         try:
             yield
         finally:
             _bars.reset(token)
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+
+def _terminal_bars() -> Any:
+    from rich import progress as bars
+    from rich.console import Console
+
+    return bars.Progress(
+        "{task.description}",
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TimeElapsedColumn(),
+        "left",
+        bars.TimeRemainingColumn(),
+        "{task.fields[note]}",
+        console=Console(stderr=True),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        token = _bars.set(bars)
-        try:
-            yield
-        finally:
-            _bars.reset(token)
 
 
 @contextlib.contextmanager

@@ -65,8 +65,7 @@ def mcnemar(only_reference: int, only_candidate: int) -> float:
 
 
 def accuracy_change_interval(
-    reference_correct: NDArray[np.bool_],
-    candidate_correct: NDArray[np.bool_],
+    reference_correct: NDArray[np.bool_], candidate_correct: NDArray[np.bool_]
 ) -> Interval:
     """Return Tango's 95 % score interval of candidate less reference accuracy, in [-1, 1].
 
@@ -119,11 +118,7 @@ def quantile_interval(blocks: Floats, q: float, *, resamples: int = RESAMPLES) -
 
 
 def ratio_interval(
-    reference: Floats,
-    candidate: Floats,
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
+    reference: Floats, candidate: Floats, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Interval:
     """Return the paired 95 % block bootstrap interval of median(reference) / median(candidate).
 

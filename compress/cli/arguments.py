@@ -29,8 +29,7 @@ Data = Annotated[
     ),
 ]
 Weights = Annotated[
-    str | None,
-    typer.Option(help="Weight file, or name of published weights; random if absent"),
+    str | None, typer.Option(help="Weight file, or name of published weights; random if absent")
 ]
 Classes = Annotated[
     int | None,

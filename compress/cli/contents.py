@@ -54,8 +54,8 @@ def _masked(root: Path) -> bool:
     return False
 
 
-def _holds_pictures(folder: Path) -> bool:
-    return any(path.suffix.lower() in PICTURES for path in folder.glob("**/*"))
+def _holds_pictures(folder: Path, pattern: str = "**/*") -> bool:
+    return any(path.suffix.lower() in PICTURES for path in folder.glob(pattern))
 
 
 def _names(folder: Path) -> set[str]:
@@ -96,12 +96,8 @@ def _tell_once(line: str) -> None:
 
 def _classes(folder: Path, nested: bool = False) -> bool:
     """Return whether at least two folders below hold pictures; ``nested``: at any depth."""
-    every = "**/*" if nested else "*"
-    holding = 0
-    for path in folder.iterdir():
-        if path.is_dir():
-            holding += any(file.suffix.lower() in PICTURES for file in path.glob(every))
-    return holding > 1
+    below = (path for path in folder.iterdir() if path.is_dir())
+    return sum(_holds_pictures(path, "**/*" if nested else "*") for path in below) > 1
 
 
 def files_in(folder: Path, *endings: str) -> list[str]:
@@ -133,7 +129,6 @@ def networks_in(folder: Path) -> Iterator[str]:
 
 
 def _returns(node: ast.stmt) -> TypeGuard[ast.FunctionDef]:
-    """Return whether ``node`` defines a function that returns something."""
     return isinstance(node, ast.FunctionDef) and any(
         isinstance(each, ast.Return) and each.value is not None for each in ast.walk(node)
     )

@@ -54,11 +54,6 @@ class Proposal:
         """Passes over the images: many over few."""
         return max(3, min(30, round(PASSES / max(1, self.images))))
 
-    @property
-    def is_onnx(self) -> bool:
-        """Whether the network is a file that cannot be trained."""
-        return self.model.endswith(".onnx")
-
 
 def init(
     ctx: typer.Context,
@@ -106,9 +101,13 @@ def write_recipe(given: Given, ask: Callable[[str, str], str] | None) -> str:
 
     Raises:
         UsageError: there is no network or no data to be found, or the recipe exists already.
-        CompressError: network and data do not fit together.
+        CompressError: network and data do not fit together, or the recipe cannot be run.
     """
+    import yaml
+
     from compress.artifact import write_text
+    from compress.pipeline.check import preflight
+    from compress.recipe.loading import validate_recipe
 
     if not given["folder"].is_dir():
         raise UsageError(
@@ -120,7 +119,9 @@ def write_recipe(given: Given, ask: Callable[[str, str], str] | None) -> str:
     if out.exists() and not given["force"]:
         raise UsageError(f"{out} is there already", fix="Give another --out, or --force")
     proposal = propose(given, ask)
-    write_text(out, runnable_text(proposal, out))
+    text = recipe_text(proposal, out)
+    preflight(validate_recipe(yaml.safe_load(text), where=str(out)), where=str(out))
+    write_text(out, text)
     agree({"model": proposal.model})
     weights = f" with {proposal.weights}" if proposal.weights else ""
     return (
@@ -173,11 +174,7 @@ def propose(given: Given, ask: Callable[[str, str], str] | None) -> Proposal:
 
 
 def _data_of(part: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return data and its part of the recipe, which leaves out boxes that are none.
-
-    Raises:
-        CompressError: the data cannot be read.
-    """
+    """Return data and its part of the recipe, which leaves out boxes that are none."""
     from compress import plugins
     from compress.data import load_data
     from compress.recipe.settings import DataSettings
@@ -197,23 +194,18 @@ def _data_of(part: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def _installed_runtimes() -> list[str]:
-    """Return the runtimes that read ONNX files and are installed."""
     from compress import plugins
     from compress.packages import is_installed
     from compress.runtimes import runtime_class
 
-    runtimes = {name: runtime_class(name) for name in plugins.names("runtimes")}
-    return [
-        name
-        for name, runtime in runtimes.items()
-        if runtime.opens == "onnx" and is_installed(runtime.package)
-    ]
+    known = plugins.names("runtimes")
+    opening = [name for name in known if runtime_class(name).opens == "onnx"]
+    return [name for name in opening if is_installed(runtime_class(name).package)]
 
 
 def _answer(
     ask: Callable[[str, str], str] | None, what: str, told: Any, found: str | None, option: str = ""
 ) -> str:
-    """Return what the user said, says now, or what was found."""
     if told is not None:
         return str(told)
     if ask is not None:
@@ -224,11 +216,7 @@ def _answer(
 
 
 def _one(found: Sequence[str]) -> str | None:
-    """Return the first of the data that was found; None if there is none.
-
-    Raises:
-        UsageError: folders with classes lie side by side: several sets, or subclasses of one.
-    """
+    """Return the first of the data that was found; None if there is none."""
     first = next(iter(found), None)
     folders = [Path(each.partition(":")[2]) for each in found if each.startswith("imagefolder:")]
     beside = [each for each in folders[1:] if each.parent == folders[0].parent != folders[0]]
@@ -272,11 +260,7 @@ def _no_network(folder: Path, weights: Sequence[str], dataset: Any) -> UsageErro
 
 
 def _used(model: str, weights: Sequence[str], dataset: Any) -> str | None:
-    """Return the first weight file that ``model`` takes, and say which are not used, and why.
-
-    Raises:
-        CompressError: the network cannot be built.
-    """
+    """Return the first weight file that ``model`` takes, and say which are not used, and why."""
     if model.endswith(".onnx"):
         return None
     reasons = {}
@@ -367,33 +351,19 @@ def _lying(dataset: Any) -> Iterator[tuple[int, int]]:
     yield 32 * math.ceil(height / 32), 32 * math.ceil(width / 32)
 
 
-def runnable_text(proposal: Proposal, out: Path) -> str:
-    """Return a recipe that was checked.
-
-    Raises:
-        RecipeError: it cannot be run.
-    """
-    import yaml
-
-    from compress.pipeline.check import preflight
-    from compress.recipe.loading import validate_recipe
-
-    text = recipe_text(proposal, out)
-    preflight(validate_recipe(yaml.safe_load(text), where=str(out)), where=str(out))
-    return text
-
-
 def recipe_text(proposal: Proposal, out: Path) -> str:
     """Return the recipe as YAML with comments."""
     import yaml
 
     def flow(value: Any) -> str:
-        return str(yaml.safe_dump(value, default_flow_style=True, width=1000)).strip()
+        text = str(yaml.safe_dump(value, default_flow_style=True, width=1000))
+        return text.removesuffix("...\n").strip()
 
     model: dict[str, Any] = {"name": proposal.model}
     if proposal.weights:
         model["weights"] = proposal.weights
     data = proposal.data | {"batch_size": min(32, proposal.batch_size)}
+    sized = " # that of its training, where that was another" if proposal.weights else ""
     lines = [
         f"# Written by compress init for {os.path.basename(os.getcwd())}.",
         f"#   compress check {out}      can it be run?",
@@ -402,11 +372,8 @@ def recipe_text(proposal: Proposal, out: Path) -> str:
         f"model: {flow(model)}",
         f"# {proposal.summary}",
         "data:",
-        *(
-            f"  {key}: {flow(value).removesuffix('...').strip()}{_note(proposal, key)}"
-            for key, value in data.items()
-        ),
-        f"task: {flow(proposal.task).removesuffix('...').strip()}",
+        *(f"  {key}: {flow(value)}{sized * (key == 'image_size')}" for key, value in data.items()),
+        f"task: {flow(proposal.task)}",
         "seed: 0",
         "stages:",
         *_stages(proposal),
@@ -418,13 +385,6 @@ def recipe_text(proposal: Proposal, out: Path) -> str:
         *_gates(proposal.primary),
     ]
     return "\n".join(lines) + "\n"
-
-
-def _note(proposal: Proposal, key: str) -> str:
-    """Return what is to be said of a key of the data."""
-    if key == "image_size" and proposal.weights:
-        return " # that of its training, where that was another"
-    return ""
 
 
 def _gates(primary: str | None) -> Sequence[str]:
@@ -440,7 +400,7 @@ def _gates(primary: str | None) -> Sequence[str]:
 def _stages(proposal: Proposal) -> Sequence[str]:
     samples = max(8, min(512, proposal.images // 5))
     quantize = [f"  - quantize: {{samples: {samples}}} # int8 ranges from so many images"]
-    if proposal.is_onnx:
+    if proposal.model.endswith(".onnx"):
         return [
             "  # an ONNX file cannot be trained; give the network itself to prune it",
             *quantize,

@@ -79,7 +79,6 @@ def show(
 
 
 def _plugin(kind: str, name: str) -> str:
-    """Return the documentation and the options of a plug-in, each with what it may be."""
     lines = [plugins.documentation(kind, name), "", "Options:"]
     types = plugins.spelled_types(kind, name)
     for option, default in plugins.options(kind, name).items():
@@ -110,7 +109,6 @@ def _stage(name: str) -> str:
 
 
 def _as_in_yaml(value: Any) -> str:
-    """Return a default as a recipe would have it, on one line."""
     import yaml
 
     if hasattr(value, "model_dump"):

@@ -24,13 +24,7 @@ from compress.cli.arguments import (
     no_folder,
     with_options,
 )
-from compress.cli.options import (
-    Given,
-    integers,
-    load_dataset,
-    pictures_to_time,
-    recipe_of,
-)
+from compress.cli.options import Given, integers, load_dataset, pictures_to_time, recipe_of
 from compress.cli.output import GATE_FAILED, print_result, write_numbers
 from compress.errors import UsageError
 
@@ -96,11 +90,7 @@ def compare(
     given = ctx.params
     old, new = Path(reference), Path(candidate)
     found = compare_artifacts(
-        old,
-        new,
-        load_dataset(given, [old, new], any_labels=True),
-        task=task,
-        bisect=bisect,
+        old, new, load_dataset(given, [old, new], any_labels=True), task=task, bisect=bisect
     )
     write_numbers(json, found.to_json())
     print_result(found.table())

@@ -127,11 +127,9 @@ def data_settings(given: Given) -> DataSettings:
     try:
         return DataSettings(**data_part(given))
     except ValidationError as error:
-        first = max(
-            error.errors(), key=lambda each: len(each["loc"])
-        )  # of the form that came nearest
-        option = str(first["loc"][0]).replace("_", "-")
-        raise UsageError(f"--{option} {first['input']!r}: {first['msg']}") from None
+        nearest = max(error.errors(), key=lambda each: len(each["loc"]))  # of the forms allowed
+        option = str(nearest["loc"][0]).replace("_", "-")
+        raise UsageError(f"--{option} {nearest['input']!r}: {nearest['msg']}") from None
 
 
 def pictures_to_time(given: Given, artifacts: Sequence[Path]) -> Dataset | None:
@@ -197,7 +195,6 @@ def integers(text: str, option: str, *, like: str, count: int | None = None) -> 
 
 
 def _sides(text: str) -> int | list[int]:
-    """Return one side of a square, or height and width."""
     parts = text.split(",")
     if len(parts) not in (1, 2) or not all(part.strip().isdigit() for part in parts):
         raise UsageError(
@@ -218,10 +215,7 @@ def floats(text: str, option: str) -> list[float]:
 
 
 def run_stages(
-    name: str,
-    given: Given,
-    stages: Sequence[Given],
-    targets: Sequence[Given] = DEFAULT_TARGETS,
+    name: str, given: Given, stages: Sequence[Given], targets: Sequence[Given] = DEFAULT_TARGETS
 ) -> None:
     """Run the recipe that the options of a command stand for, as any other recipe."""
     from compress.recipe.loading import tracked
@@ -236,25 +230,14 @@ def recipe_of(
     """Return the recipe that the options of a command stand for."""
     from compress.recipe.loading import apply_override, validate_recipe
 
-    written = _content(name, given, stages, targets)
-    for override in given["overrides"] or []:
-        apply_override(written, override)
-    return validate_recipe(written, where=name)
-
-
-def _content(
-    name: str, given: Given, stages: Sequence[Given], targets: Sequence[Given]
-) -> dict[str, Any]:
-    """Return the recipe as it would be in YAML."""
-    model = {"name": given["model"]}
-    model |= present(given, "weights", "num_classes")
+    model = {"name": given["model"]} | present(given, "weights", "num_classes")
     if given.get("input_size") is not None:
         model["input_size"] = integers(
             given["input_size"], "--input-size", count=3, like=INPUT_SIZE
         )
     if options := model_options(given["model"], trust=bool(given.get("trust"))):
         model["options"] = options
-    return present(given, "task") | {
+    written = present(given, "task") | {
         "name": name,
         "model": model,
         "data": data_part(given),
@@ -262,6 +245,9 @@ def _content(
         "stages": list(stages),
         "targets": list(targets),
     }
+    for override in given["overrides"] or []:
+        apply_override(written, override)
+    return validate_recipe(written, where=name)
 
 
 def training_after(given: Given) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from compress import plugins
 from compress.data._images import LabelledImages, MemoryImages, Names, Subset, file_images
 from compress.data._pictures import Fit
 from compress.data._targets import Target, target_tensors
-from compress.errors import DataError, UsageError
+from compress.errors import DataError, UsageError, boundary
 from compress.recipe.settings import FEWEST_CALIBRATION, DataSettings, data_reference
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -291,19 +291,14 @@ def given_normalization(
 
 def _constant(name: str, value: Any) -> NDArray[Any]:
     """Return the value of a further input: numbers as float32, or the array in a file."""
-    try:
+    expected = "a number, a list of numbers, or a .npy file"
+    with boundary(DataError, f"input {name!r} cannot be read", where=str(value), expected=expected):
         if isinstance(value, str):
             loaded = np.load(value, allow_pickle=False)
             if isinstance(loaded, np.ndarray):
                 return loaded
             raise ValueError("it holds several arrays")
         return np.asarray(value, dtype=np.float32)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(
-            f"input {name!r} cannot be read: {error}",
-            where=str(value),
-            expected="a number, a list of numbers, or a .npy file",
-        ) from None
 
 
 def _told(fit: Fit | None) -> dict[str, Any]:
@@ -326,16 +321,8 @@ def _options(settings: DataSettings) -> dict[str, Any]:
             f"data {settings.name!r} needs to know where its images are",
             fix=f"Give the folder or file: --data {settings.name}:PATH, or data.root in a recipe",
         )
-    return {
-        "root": settings.root,
-        "image_size": settings.image_size,
-        "channels": settings.channels,
-        "workers": settings.workers,
-        "shuffle_buffer": settings.shuffle_buffer,
-        "mean": mean,
-        "std": std,
-        "color": settings.color,
-    }
+    same = ("root", "image_size", "channels", "workers", "shuffle_buffer", "color")
+    return {"mean": mean, "std": std} | {key: getattr(settings, key) for key in same}
 
 
 def _split(source: Source, settings: DataSettings, seed: int) -> dict[str, LabelledImages]:

@@ -118,11 +118,7 @@ class BoxedPictures(Pictures):
         moved = boxes[valid] * scale + offset
         moved = np.clip(moved, 0, np.array((self.fit.size[1], self.fit.size[0]) * 2))
         seen = (moved[:, 2] - moved[:, 0] >= 1) & (moved[:, 3] - moved[:, 1] >= 1)
-        return (
-            moved[seen].astype(np.float32),
-            labels[valid][seen],
-            ignored[valid][seen],
-        )
+        return (moved[seen].astype(np.float32), labels[valid][seen], ignored[valid][seen])
 
     def _is_valid(
         self, annotation: Annotation, i: int, box: NDArray[np.float64], size: tuple[int, int]
@@ -173,7 +169,6 @@ def read_list(file: Path, entry: Callable[[str], Annotation]) -> list[Annotation
 
 
 def _numbers(annotation: Annotation, classes: Sequence[str]) -> NDArray[np.int64]:
-    """Return the class number of each object."""
     for i, name in enumerate(annotation.names):
         if name not in classes:
             raise DataError(

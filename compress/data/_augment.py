@@ -200,10 +200,7 @@ def turned(images: Tensor, chances: Tensor, degrees: float, scale: tuple[float, 
     zoom = scale[0] + chances[:, Chance.ZOOM] * (scale[1] - scale[0])
     cos, sin, none = angle.cos() / zoom, angle.sin() / zoom, torch.zeros_like(angle)
     tall = height / width  # grid coordinates are relative to each side
-    rows = (
-        torch.stack([cos, -sin * tall, none], 1),
-        torch.stack([sin / tall, cos, none], 1),
-    )
+    rows = (torch.stack([cos, -sin * tall, none], 1), torch.stack([sin / tall, cos, none], 1))
     grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
     return F.grid_sample(images.float(), grid, align_corners=False)
 

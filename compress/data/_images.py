@@ -322,11 +322,7 @@ def decoded(source: Path | BinaryIO, fit: Fit, channels: int, *, where: str) -> 
 
 
 def from_array(
-    pixels: NDArray[Any],
-    labels: NDArray[Any],
-    *,
-    size: ImageSize | None,
-    channels: int | None,
+    pixels: NDArray[Any], labels: NDArray[Any], *, size: ImageSize | None, channels: int | None
 ) -> MemoryImages:
     """Return (N, H, W) or (N, H, W, C) pixels as images of the wanted size and channels.
 

@@ -146,11 +146,8 @@ def labels_of(targets: Parts, names: tuple[str, ...] | None, fit: Fit) -> Labels
     if array.ndim == 2:
         return _masks(targets, names, fit)
     if array.ndim == 3:
-        return (
-            (),
-            {name: PictureTargets(_wanted(each, name)) for name, each in targets.items()},
-            "image",
-        )
+        wanted = {name: PictureTargets(_wanted(each, name)) for name, each in targets.items()}
+        return (), wanted, "image"
     raise DataError(
         f"has targets such as {first!r}"[:200],
         where=where,
@@ -160,7 +157,6 @@ def labels_of(targets: Parts, names: tuple[str, ...] | None, fit: Fit) -> Labels
 
 
 def _each(targets: Parts) -> Iterator[tuple[str, Any]]:
-    """Yield where each target is from, and the target."""
     for where, part in targets.items():
         for index, target in enumerate(part):
             yield f"{where}, item {index}", target
@@ -259,7 +255,6 @@ def _mask(fit: Fit, mask: Any) -> NDArray[np.uint8]:
 
 
 def _wanted(targets: Sequence[Any], where: str) -> LabelledImages:
-    """Return pictures that a network is to give back."""
     pixels = [
         eight_bit(torch.from_numpy(np.asarray(each)), f"{where}, target of item {index}")
         for index, each in enumerate(targets)

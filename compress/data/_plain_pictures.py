@@ -50,7 +50,6 @@ def as_8_bit(image: Image.Image, channels: int) -> Image.Image:
 
 
 def _scaled(image: Image.Image, kind: str) -> Image.Image:
-    """Return deep grey scaled to 8 bits."""
     from PIL import Image
 
     values = np.asarray(image).astype(np.float64)

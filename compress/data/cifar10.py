@@ -12,7 +12,7 @@ from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
 from compress.data._images import from_array
 from compress.data._pictures import ImageSize
 from compress.data.npz import Npz
-from compress.errors import DataError
+from compress.errors import DataError, boundary
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,11 @@ class Cifar10:
             return replace(npz.load(), mean=IMAGENET_MEAN, std=IMAGENET_STD)
         import torchvision
 
-        try:
-            parts = [
-                getattr(torchvision.datasets, self.reader)(path, train) for train in (True, False)
-            ]
-        except (RuntimeError, OSError) as error:
-            raise DataError(
-                f"holds no complete {self.reader} ({error})",
-                where=str(path),
-                expected=f"the authors' unpacked python version, or {self.archive}",
-            ) from None
+        wanted = f"the authors' unpacked python version, or {self.archive}"
+        what = f"holds no complete {self.reader}"
+        with boundary(DataError, what, where=str(path), expected=wanted):
+            reader = getattr(torchvision.datasets, self.reader)
+            parts = [reader(path, train) for train in (True, False)]
         train, test = (
             from_array(
                 part.data, np.array(part.targets), size=self.image_size, channels=self.channels

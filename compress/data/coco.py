@@ -9,7 +9,9 @@ from typing import Any
 
 from compress.data import Source
 from compress.data._annotated import Annotation, BoxedPictures
-from compress.errors import DataError, absence, unreadable
+from compress.errors import DataError, absence, boundary
+
+KEYS = "images (id, file_name), annotations (image_id, category_id, bbox), categories (id, name)"
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Coco(BoxedPictures):
 
     def _read(self, file: Path) -> tuple[list[Annotation], list[str]]:
         content = _content(file)
-        try:
+        with boundary(DataError, "is no COCO annotation file", where=str(file), expected=KEYS):
             names = {int(each["id"]): str(each["name"]) for each in content["categories"]}
             found = {
                 int(each["id"]): Annotation(self._image(file, str(each["file_name"])), str(file))
@@ -51,13 +53,6 @@ class Coco(BoxedPictures):
             }
             for each in content["annotations"]:
                 self._add(found, names, each, file)
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"is no COCO annotation file: {type(error).__name__} {error}",
-                where=str(file),
-                expected="images (id, file_name), annotations (image_id, category_id, bbox), "
-                "categories (id, name)",
-            ) from None
         return [found[key] for key in sorted(found)], [names[key] for key in sorted(names)]
 
     @staticmethod
@@ -87,12 +82,8 @@ class Coco(BoxedPictures):
 def _content(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise DataError(absence(file), where=str(file), expected="annotations as COCO has them")
-    try:
+    with boundary(DataError, "is no readable JSON", where=str(file)):
         content = json.loads(file.read_text(encoding="utf-8"))
-    except PermissionError as error:
-        raise unreadable(DataError, error) from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"is no readable JSON ({error})", where=str(file)) from None
     if not isinstance(content, dict):
         raise DataError(f"holds {type(content).__name__}", where=str(file), expected="an object")
     return content

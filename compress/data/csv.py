@@ -13,7 +13,7 @@ from compress.data import Source
 from compress.data._annotated import pictures
 from compress.data._images import SPLITS, TEST, LabelledImages, held_out
 from compress.data._pictures import Pictures
-from compress.errors import DataError, UsageError, absence, did_you_mean
+from compress.errors import DataError, UsageError, absence, boundary, did_you_mean
 
 IMAGE = ("image", "path", "file", "filename", "filepath", "image_path", "img", "name", "id")
 LABEL = ("label", "class", "target", "category", "y", "species")
@@ -81,14 +81,10 @@ class Csv(Pictures):
 
 
 def _read(table: Path) -> tuple[list[Row], list[str]]:
-    """Return the lines of the table and the names of its columns."""
     if not table.is_file():
         raise DataError(absence(table), where=str(table), expected="a table of files and classes")
-    try:
+    with boundary(DataError, "the table cannot be read", where=str(table)):
         text = table.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise DataError(f"the table cannot be read: {reason}", where=str(table)) from None
     first = text.partition("\n")[0]
     comma = max(",;\t", key=first.count)
     reader = csv.DictReader(text.splitlines(), delimiter=comma, skipinitialspace=True)

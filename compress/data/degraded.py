@@ -38,14 +38,10 @@ class Derived:
         return fit
 
     def _kind(self, image_size: ImageSize | None) -> Any:
-        supplied = {
-            "root": self.root,
-            "image_size": image_size,
-            "channels": self.channels,
-            "workers": self.workers,
-            "seed": self.seed,
-        }
-        return plugins.create("data", {self.of: dict(self.options)}, **supplied)
+        supplied = {key: getattr(self, key) for key in ("root", "channels", "workers", "seed")}
+        return plugins.create(
+            "data", {self.of: dict(self.options)}, image_size=image_size, **supplied
+        )
 
     def source(self, image_size: ImageSize | None) -> Source:
         """Return the images that this data is made from, of ``image_size``."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from compress.data import Source
 from compress.data._items import ItemPictures, source_of_items
-from compress.errors import DataError, UsageError, absence
+from compress.errors import DataError, UsageError, absence, boundary
 from compress.packages import require
 
 
@@ -36,11 +36,8 @@ class Huggingface(ItemPictures):
             raise DataError(
                 absence(self.root, "folder"), where=self.root, expected="what save_to_disk wrote"
             )
-        try:
+        with boundary(DataError, "is no saved data set", where=self.root):
             found = hub.load_from_disk(self.root)
-        except (OSError, ValueError) as error:
-            first = str(error).splitlines()[0]
-            raise DataError(f"is no saved data set: {first}", where=self.root) from None
         parts = dict(found) if isinstance(found, dict) else {"train": found}
         image, label, names = self._columns(next(iter(parts.values())).features)
         chosen = self if names is None or self.classes else replace(self, classes=names)
@@ -51,7 +48,6 @@ class Huggingface(ItemPictures):
         )
 
     def _columns(self, features: Any) -> tuple[str, str, tuple[str, ...] | None]:
-        """Return the columns of pictures and of labels, and the names of the classes."""
         kinds = {name: type(each).__name__ for name, each in features.items()}
         image = self.image or next((name for name, kind in kinds.items() if kind == "Image"), None)
         labelled = [name for name, kind in kinds.items() if kind == "ClassLabel"]

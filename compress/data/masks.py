@@ -74,13 +74,7 @@ class Masks(Pictures):
             for part in ("train", "validation", "test")
         )
         return masked_source(
-            self,
-            train,
-            validation,
-            test,
-            classes=self.classes,
-            values=self.values,
-            void=self.void,
+            self, train, validation, test, classes=self.classes, values=self.values, void=self.void
         )
 
     @staticmethod

@@ -11,7 +11,7 @@ from typing import ClassVar
 from compress.data import Source
 from compress.data._annotated import Annotation, BoxedPictures, read_list
 from compress.data.masks import masked_source
-from compress.errors import DataError, absence
+from compress.errors import DataError, absence, boundary
 
 ENDINGS = (".jpg", ".jpeg", ".png")
 LAYOUT = "ImageSets/Main/train.txt beside Annotations and JPEGImages"
@@ -71,13 +71,10 @@ def _image(root: Path, stem: str) -> Path:
 
 
 def _annotation(root: Path, stem: str) -> Annotation:
-    """Return what the XML file of an image says."""
     file = root / "Annotations" / f"{stem}.xml"
-    try:
+    with boundary(DataError, "is not a readable annotation", where=str(file)):
         text = file.read_text(encoding="utf-8")
         tree = ElementTree.fromstring(text)
-    except (OSError, UnicodeDecodeError, ElementTree.ParseError) as error:
-        raise DataError(f"is not a readable annotation ({error})", where=str(file)) from None
     starts = [text.count("\n", 0, m.start()) + 1 for m in re.finditer(r"<object\b", text)]
     found = Annotation(_image(root, stem), str(file))
     for line, each in zip(starts, tree.iter("object"), strict=True):

@@ -19,7 +19,7 @@ from compress import progress
 from compress.data import Source
 from compress.data._images import SPLITS, LabelledImages, ShardImages, Subset, files_below
 from compress.data._pictures import Pictures
-from compress.errors import DataError
+from compress.errors import DataError, boundary
 
 TEST_SHARE = 0.1  # of the images, where no shard is named after a test set
 REMOTE = re.compile(r"(?!file:)[a-z][a-z0-9+]+:")  # http:, s3:, pipe:
@@ -138,7 +138,7 @@ def _count(first: str, last: str) -> Iterator[str]:
 
 
 def _shards(root: str) -> list[Path]:
-    """Return the shards that ROOT stands for, in its order."""
+
     try:
         names = list(dict.fromkeys(expanded(root)))
     except ValueError as error:
@@ -274,11 +274,9 @@ def _label(path: Path, key: str, member: tarfile.TarInfo) -> int | str:
     with path.open("rb") as file:
         file.seek(member.offset_data)
         content = file.read(member.size)
-    try:
+    with boundary(DataError, f"{member.name} is no text", where=str(path)):
         text = content.decode().strip()
         value = json.loads(text) if member.name.lower().endswith(".json") else text
-    except ValueError as error:
-        raise DataError(f"{member.name} is no text ({error})", where=str(path)) from None
     if isinstance(value, dict):
         value = next((value[name] for name in LABEL_KEYS if name in value), None)
     if isinstance(value, str) and value.isdecimal():

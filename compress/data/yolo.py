@@ -12,7 +12,7 @@ from compress.data import Source
 from compress.data._annotated import Annotation, BoxedPictures
 from compress.data._images import files_below
 from compress.data._pictures import ENDINGS
-from compress.errors import DataError, absence
+from compress.errors import DataError, absence, boundary
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,8 @@ class Yolo(BoxedPictures):
         file = Path(self.root)
         if not file.is_file():
             raise DataError(absence(file), where=str(file), expected="a data.yaml of YOLO")
-        try:
+        with boundary(DataError, "is no readable YAML", where=str(file)):
             content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
-            raise DataError(f"is no readable YAML ({error})", where=str(file)) from None
         if not isinstance(content, dict) or not {"names", "train"} <= content.keys():
             raise DataError("lacks names or train", where=str(file), expected="a data.yaml of YOLO")
         given = content["names"]
@@ -73,17 +71,14 @@ def _files(base: Path, given: Any, where: Path) -> list[Path]:
 
 
 def _annotation(image: Path, names: list[str]) -> Annotation:
-    """Return what the text file of an image says."""
     parts = list(image.parts)
     at = len(parts) - 1 - parts[::-1].index("images") if "images" in parts else None
     if at is not None:
         parts[at] = "labels"
     file = Path(*parts).with_suffix(".txt")
     found = Annotation(image, str(file), relative=True)
-    try:
+    with boundary(DataError, "is no readable text", where=str(file)):
         lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"is no readable text ({error})", where=str(file)) from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

@@ -223,10 +223,7 @@ def _compare_portion(
                 location=f"{label}.data",
             )
             files.append(file)
-        with (
-            open_session(files[0], PLAIN) as old,
-            open_session(files[1], PLAIN) as new,
-        ):
+        with open_session(files[0], PLAIN) as old, open_session(files[1], PLAIN) as new:
             return compare_outputs(old, new, inputs)
 
 

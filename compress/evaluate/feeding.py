@@ -247,11 +247,7 @@ def _picture(spec: TensorSpec, images: Tensor, dataset: Dataset) -> NDArray[Any]
 
 
 def _check_sides(spec: TensorSpec, sides: tuple[int, ...], layout: str) -> None:
-    """Refuse pictures of other sides than an input fixes; a file that fixes one tells no size.
-
-    Raises:
-        EngineError: they differ.
-    """
+    """Refuse pictures of other sides than an input fixes; a file that fixes one tells no size."""
     if spec.shape is None:
         return
     wanted = spec.shape[1:3] if layout == "NHWC" else spec.shape[2:4]

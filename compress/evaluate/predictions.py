@@ -7,14 +7,13 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
 from compress import statistics
 from compress.artifact import replacing
-from compress.errors import DataError
+from compress.errors import DataError, boundary
 
 
 @dataclass(frozen=True)
@@ -55,10 +54,9 @@ class Predictions:
     @cached_property
     def probabilities(self) -> NDArray[np.float64]:
         """Softmax of the logits, (N, K)."""
-        shifted = self.logits.astype(np.float64) - self.logits.max(1, keepdims=True)
-        exponentials = np.exp(shifted)
-        softmax: NDArray[np.float64] = exponentials / exponentials.sum(1, keepdims=True)
-        return softmax
+        from scipy.special import softmax
+
+        return softmax(self.logits.astype(np.float64), axis=1)
 
     @cached_property
     def confidence(self) -> NDArray[np.float64]:
@@ -78,11 +76,9 @@ class Predictions:
         Raises:
             DataError: the file is absent, damaged or something else.
         """
-        try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-                return cls(stored["logits"], stored["labels"])
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-            raise DataError(f"holds no predictions: {error}", where=str(path)) from None
+        with boundary(DataError, "holds no predictions", where=str(path)), path.open("rb") as file:
+            stored = np.load(file, allow_pickle=False)
+            return cls(stored["logits"], stored["labels"])
 
 
 _ROW = ("images", "top1_pct", "top1_ci95", "top5_pct", "top5_ci95", "ece_pct")

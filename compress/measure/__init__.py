@@ -2,7 +2,6 @@
 
 from compress.measure.latency import Bench, Latency, Timing, bench
 from compress.measure.macs import (
-    Count,
     complete_shapes,
     count_module,
     count_onnx,
@@ -11,16 +10,13 @@ from compress.measure.macs import (
     size_mib,
     zero_weights_pct,
 )
-from compress.measure.memory import Memory, activations_mib, memory, weights_mib
+from compress.measure.memory import memory
 
 __all__ = [
     "METHODS",
     "Bench",
-    "Count",
     "Latency",
-    "Memory",
     "Timing",
-    "activations_mib",
     "bench",
     "complete_shapes",
     "count_module",
@@ -30,7 +26,6 @@ __all__ = [
     "node_macs",
     "onnx_params",
     "size_mib",
-    "weights_mib",
     "zero_weights_pct",
 ]
 

@@ -14,12 +14,7 @@ from compress.data import Dataset
 from compress.errors import CompressError, EngineError, UsageError
 from compress.evaluate import Evaluation
 from compress.measure import Timing
-from compress.measure.artifacts import (
-    Candidate,
-    candidates_of,
-    names_classes,
-    time_together,
-)
+from compress.measure.artifacts import Candidate, candidates_of, names_classes, time_together
 from compress.report import numbers
 from compress.runtimes import unavailable
 from compress.terminal import table

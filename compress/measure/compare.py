@@ -21,12 +21,7 @@ from compress.evaluate.comparison import Comparison
 from compress.evaluate.feeding import arrays_for, leading_input
 from compress.evaluate.predictions import Predictions
 from compress.graph import files
-from compress.measure.artifacts import (
-    Candidate,
-    candidates_of,
-    names_classes,
-    outputs_of,
-)
+from compress.measure.artifacts import Candidate, candidates_of, names_classes, outputs_of
 from compress.report import numbers
 from compress.report.run_folder import one_artifact
 from compress.runtimes import Session, open_session, runtime_class
@@ -100,7 +95,10 @@ class Compared:
         elif self.steps:
             parts += [_metrics(self.steps[0].worth, self.steps[-1], title), _judged(self.steps)]
         if self.outputs:
-            parts.append(_outputs(self.outputs, title if self.answers is None else "Outputs"))
+            share = numbers.share(self.outputs, "agreement_pct")
+            alike = f"same answer: {share} % of images" * ("agreement_pct" in self.outputs)
+            heading = title if self.answers is None else "Outputs"
+            parts.append(_drifts(self.outputs["outputs"], heading, alike))
         if self.bisection is not None:
             parts.append(_bisection(self.bisection))
         return Group(*parts)
@@ -141,8 +139,7 @@ def compare_artifacts(
     """
     if bisect and not reference.suffix == candidate.suffix == ".onnx":
         raise UsageError(
-            f"--bisect cannot read {reference.name} and {candidate.name}",
-            expected="two ONNX files",
+            f"--bisect cannot read {reference.name} and {candidate.name}", expected="two ONNX files"
         )
     judge = _judge(task, dataset)
     old, new = candidates_of([one_artifact(reference), one_artifact(candidate)], threads=threads)
@@ -202,11 +199,7 @@ def _opened(candidate: Candidate, runtime: Any) -> Iterator[Session]:
 def _forms(
     old: Candidate, new: Candidate, dataset: Dataset, task: Any, limit: int | None
 ) -> list[tuple[str, str, Evaluation]]:
-    """Return how good the reference, the candidate's graph and the candidate are.
-
-    Returns:
-        For each its name, what was done to get there, and the evaluation.
-    """
+    """Return how good the reference, the candidate's graph and the candidate are."""
     forms: list[tuple[str, str, Candidate, Any]] = [(old.name, "", old, old.reference)]
     error = "all of it"
     if new.path.suffix == ".onnx":
@@ -227,10 +220,8 @@ def chain(forms: Sequence[tuple[str, str, Predictions]]) -> list[ChainStep]:
     """Return what each form of a network adds to the error, and what it comes to.
 
     Differences to the step before tell who is to blame; they do not add up to the difference to
-    the first, because errors can cancel or compound.
-
-    Args:
-        forms: For each its name, what was done to get there, and its answers.
+    the first, because errors can cancel or compound. ``forms`` are for each its name, what was done
+    to get there, and its answers.
 
     Raises:
         DataError: two forms did not answer the same images.
@@ -362,7 +353,6 @@ def _metrics(first: Mapping[str, Any], last: ChainStep, title: str) -> Table:
 
 
 def _judged(steps: Sequence[ChainStep]) -> Table:
-    """Return the primary metric of each step, and how alike the first it predicts."""
     name = steps[0].worth.get("primary")
     headers = ["agreement"]
     if name is not None:
@@ -391,12 +381,6 @@ def _value(metric: Mapping[str, Any], sign: str = "") -> str:
     low, high = metric.get("ci95") or (None, None)
     bounds = "" if low is None else f" ({low:{sign}.2f}..{high:{sign}.2f})"
     return f"{metric['value']:{sign}.2f}{bounds}"
-
-
-def _outputs(found: Mapping[str, Any], title: str) -> Table:
-    share = numbers.share(found, "agreement_pct")
-    alike = f"same answer: {share} % of images" if "agreement_pct" in found else ""
-    return _drifts(found["outputs"], title, alike)
 
 
 def _drifts(outputs: Mapping[str, Mapping[str, Any]], title: str, caption: str) -> Table:

@@ -24,11 +24,7 @@ if TYPE_CHECKING:
 MIB = 2**20
 WEIGHTS_FILE = "model.safetensors"  # in the folder of a stage
 
-_WEIGHT_TYPES = (
-    onnx.TensorProto.FLOAT,
-    onnx.TensorProto.FLOAT16,
-    onnx.TensorProto.INT8,
-)
+_WEIGHT_TYPES = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.INT8)
 _QUANTIZERS = {"QuantizeLinear", "DequantizeLinear"}
 
 
@@ -152,7 +148,6 @@ def complete_shapes(
 
 
 def _values(model: onnx.ModelProto, names: list[str]) -> list[np.ndarray]:
-    """Return what tensors are for random inputs."""
     from compress.measure.probe import inputs_for
 
     watched = deepcopy(model)
@@ -220,7 +215,6 @@ def onnx_params(graph: onnx.GraphProto) -> int:
 
 
 def _range_inputs(node: onnx.NodeProto) -> list[str]:
-    """Return the inputs of ``node`` that are scales and zero points."""
     if node.op_type in _QUANTIZERS:
         return list(node.input[1:3])
     if node.op_type in {"QLinearConv", "QLinearMatMul"}:

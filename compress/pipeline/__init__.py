@@ -96,12 +96,7 @@ def run(
 
 @contextlib.contextmanager
 def opened_run(
-    chosen: Recipe,
-    out: str | Path | None,
-    processes: Processes,
-    *,
-    where: str,
-    fresh: bool = False,
+    chosen: Recipe, out: str | Path | None, processes: Processes, *, where: str, fresh: bool = False
 ) -> Iterator[RunContext]:
     """Yield a run whose recipe, which came from ``where``, was checked and whose folder is held.
 
@@ -148,13 +143,8 @@ def once(
 ) -> StageResult:
     """Return the result of a stage, run now unless an earlier call has.
 
-    Args:
-        context: The run.
-        stage: Folder of the stage.
-        step: What is done, with its own random state: a resumed run equals an uninterrupted one.
-        settings: Of the stage.
-        before: Variants of the stages before it.
-        processes: Of a torchrun, where all of them go on after this stage.
+    ``step`` has its own random state: a resumed run equals an uninterrupted one. ``before`` are the
+    variants of the stages before it; ``processes`` those of a torchrun that all go on after it.
 
     Raises:
         CompressError: the step's, with the name of the stage.

@@ -25,7 +25,6 @@ from compress.pipeline.task import build_original, load_teacher, prepared
 from compress.quantize.api import check_method, excluded_nodes
 from compress.recipe.loading import PLUGIN_KEYS
 from compress.recipe.settings import (
-    DistillSettings,
     PruneSettings,
     QuantizeSettings,
     Recipe,
@@ -177,7 +176,6 @@ def _network_problems(recipe: Recipe, dataset: Dataset, task: Task) -> Iterator[
 
 
 def _layers_named(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """Yield the keys that name layers of the network, with each name."""
     for place, part in recipe.parts():
         for key in () if hasattr(part, "observer") else LAYER_KEYS:  # whose names are ONNX nodes
             value = getattr(part, key, None)
@@ -240,7 +238,6 @@ def _check_target(target: Target) -> None:
 
 
 def _check_timing(runtime: str) -> None:
-    """Check that latency can be measured here."""
     if reason := unavailable(runtime):
         raise RecipeError(
             f"nothing can be timed on {runtime}: {reason}",
@@ -261,7 +258,8 @@ def try_stage(stage: Stage, model: nn.Module, dataset: Dataset, task: Task) -> N
     if stage.prune is not None:
         _try_cut(stage.prune, model, dataset, task)
     elif stage.distill is not None:
-        _try_teacher(stage.distill, model, dataset, task)
+        teacher = load_teacher(stage.distill, dataset) or model
+        check_objective(model, teacher, dataset, stage.distill, task)
     elif stage.quantize is not None and stage.quantize.exclude:
         with artifact.scratch() as folder:
             export_network(model, dataset, task, folder / ONNX_FILE)
@@ -295,7 +293,3 @@ def _try_cut(settings: PruneSettings, model: nn.Module, dataset: Dataset, task: 
     )
     if settings.refit_steps:
         prune.check_blocks(model, example)
-
-
-def _try_teacher(settings: DistillSettings, model: nn.Module, dataset: Dataset, task: Task) -> None:
-    check_objective(model, load_teacher(settings, dataset) or model, dataset, settings, task)

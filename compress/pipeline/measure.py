@@ -304,7 +304,6 @@ def measure_entries(
 def _shown(
     context: RunContext, entries: Sequence[Entry], evaluations: Sequence[Evaluation]
 ) -> dict[str, Any]:
-    """Return the images that changed most and the classes, where the task has such."""
     if context.task.tells_classes or len(entries) < 2:
         return {}
     places = [(entry.variant.name, entry.target.runtime) for entry in entries]

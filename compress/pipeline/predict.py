@@ -19,14 +19,7 @@ from compress.data._pictures import Fit, opened_picture, to_8_bit
 from compress.data.images import picture_files
 from compress.errors import CompressError, DataError, UsageError, absence
 from compress.evaluate import BATCH, answered
-from compress.evaluate.feeding import (
-    ONNX_NAME,
-    Fed,
-    artifact_facts,
-    completed,
-    picture_of,
-    shown,
-)
+from compress.evaluate.feeding import ONNX_NAME, Fed, artifact_facts, completed, picture_of, shown
 from compress.graph.metadata import CHANNELS
 from compress.measure.artifacts import runtime_of
 from compress.recipe.settings import DataSettings
@@ -144,7 +137,6 @@ def predict_pictures(
 
 
 def _predictions(session: Session, dataset: Dataset, task: Task, source: Path) -> list[Prediction]:
-    """Return the prediction for each picture."""
     try:
         batches = answered(Fed(session, dataset), task, dataset.pictures("test", BATCH))
         return [each for predictions, _ in batches for each in predictions]
@@ -267,7 +259,6 @@ def _free(target: Path, taken: Sequence[Path]) -> Path:
 
 
 def _fed(answers: Answers) -> str:
-    """Return where it ran, how the pictures were fed and where the answers are drawn."""
     fed = {key: shown(value) for key, value in answers.fed.items()}
     height, width = answers.fed["image_size"]
     lines = [
@@ -283,7 +274,6 @@ def _fed(answers: Answers) -> str:
 
 
 def _cell(value: Any) -> str:
-    """Return a value of a row as it is read."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if not isinstance(value, float):

@@ -91,9 +91,7 @@ class _Trial:
             known |= _answers(head, known)
             crossing = [known[spec.name] for spec in tail.inputs]
             found = bench(
-                {"head": head, "tail": tail},
-                {"head": arrays, "tail": crossing},
-                timing=self.timing,
+                {"head": head, "tail": tail}, {"head": arrays, "tail": crossing}, timing=self.timing
             )
         for name, reason in found.skipped.items():
             raise EngineError(f"the {name} does not run: {reason}", where=str(self.source))
@@ -233,7 +231,6 @@ def split_onnx(  # noqa: PLR0913 - the public face: every option by its name
 
 
 def _cuts(model: ModelProto, at: str, *, int8: bool) -> tuple[Cuttable, list[Cut]]:
-    """Return the graph and the cuts to time."""
     onnx_file.free_negative_sizes(model.graph)
     _refuse_free_sizes(model)
     if int8:
@@ -263,7 +260,6 @@ def _refuse_free_sizes(model: ModelProto) -> None:
 
 
 def _write(graph: Cuttable, folder: Path, cut: Cut, *, int8: bool) -> tuple[Path, Path]:
-    """Write ``head.onnx`` and ``tail.onnx`` and return where they are."""
     parts = graph.parts(cut)
     if int8:
         quantize_between(parts, graph.floats(cut))
@@ -284,7 +280,6 @@ def _answers(session: Session, known: dict[str, np.ndarray]) -> dict[str, np.nda
 
 
 def _check_equal(difference: float, model: ModelProto, where: str) -> None:
-    """Check that head and tail answer as the whole."""
     rounds = any("Quant" in node.op_type for node in model.graph.node)
     limit = LARGEST_DIFFERENCE_INT8 if rounds else LARGEST_DIFFERENCE
     if difference > limit:

@@ -275,7 +275,6 @@ def _only_with_labels(recipe: Recipe, task: Task) -> Iterator[str]:
 
 
 def _distillation(settings: DistillSettings, task: Task, place: str) -> Iterator[str]:
-    """Yield what of a distillation does not fit the task."""
     if settings.control:
         yield f"{place}.control: needs one class an image."
     for each in losses_of(settings, task):

@@ -90,7 +90,7 @@ class Remeasured:
 
 
 def measure_again(root: Path) -> Remeasured:
-    """Take accuracy and latency of every variant of a finished run again, on this machine.
+    """Take accuracy and latency of every variant of a finished, intact run again; change nothing.
 
     **Method:** as in the run: all test images through the runtime, then all variants of a target
     timed in the same rounds. On the device and versions of the report, accuracy must be equal to
@@ -99,8 +99,7 @@ def measure_again(root: Path) -> Remeasured:
     are compared on the same device only; they differ when their 95 % intervals, each widened by
     what the bench calls no difference, do not touch.
 
-    Args:
-        root: Run folder, its files intact. Nothing in it is changed.
+
 
     Raises:
         RunError: the run is not finished, or its data are not those it was measured on.
@@ -219,8 +218,7 @@ def verify_files(run: Path) -> Verification:
     recorded one; each recorded parent must be the hash of another recorded file. The record itself
     is not signed: whoever changes a file and its record alike is not noticed.
 
-    Args:
-        run: Run folder. Not modified.
+
 
     Raises:
         RunError: the folder holds no run, a damaged record, or one from a newer version.

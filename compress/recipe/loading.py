@@ -14,7 +14,14 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from compress import plugins
-from compress.errors import RecipeError, UnknownNameError, UsageError, absence, did_you_mean
+from compress.errors import (
+    RecipeError,
+    UnknownNameError,
+    UsageError,
+    absence,
+    boundary,
+    did_you_mean,
+)
 from compress.packages import require
 from compress.recipe.settings import Recipe, Settings, Stage, TrainSettings
 
@@ -230,7 +237,6 @@ _UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG,
 
 
 def _content(text: str) -> Any:
-    """Return what a YAML text holds."""
     if text.count("[") + text.count("{") > MOST_BRACKETS:  # they take the square in time
         raise yaml.YAMLError(f"it opens more than {MOST_BRACKETS:,} brackets")
     loader = _UniqueKeyLoader(text)
@@ -264,11 +270,8 @@ def _read(path: Path) -> dict[str, Any]:
             expected="a recipe, YAML",
             fix="Those of the package go by name: compress list recipes",
         )
-    try:
+    with boundary(RecipeError, "the recipe cannot be read", where=str(path)):
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise RecipeError(f"the recipe cannot be read: {reason}", where=str(path)) from None
     try:
         content = _content(text)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
@@ -283,7 +286,6 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _fault(error: Exception) -> str:
-    """Return what is wrong with a text, and where, on one line."""
     mark = getattr(error, "problem_mark", None)
     if mark is None:
         return str(error)
@@ -333,9 +335,7 @@ def explained_problems(errors: Sequence[ErrorDetails]) -> Iterator[str]:
             yield f"{path}: {forms[0]['input']!r} is not of a form that is known here. {expected}"
 
 
-def _followed(
-    location: Iterable[int | str],
-) -> tuple[list[int | str], str, type[BaseModel] | None]:
+def _followed(location: Iterable[int | str]) -> tuple[list[int | str], str, type[BaseModel] | None]:
     """Return what a location of pydantic leads to in a recipe.
 
     These are its keys, without the names of types that pydantic adds; what the last one is for;
@@ -405,7 +405,6 @@ def unknown_plugins(content: dict[str, Any]) -> Iterable[str]:
 
 
 def _has_options(reference: Any) -> bool:
-    """Return whether ``reference`` is a name with its options; another form is told elsewhere."""
     return isinstance(reference, dict) and all(
         isinstance(options, dict | None) for options in reference.values()
     )

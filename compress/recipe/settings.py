@@ -58,9 +58,7 @@ class ModelSettings(Settings):
 def data_reference(reference: str | Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that a DATA reference stands for.
 
-    Args:
-        reference: ``voc:DIR``, ``FILE.npz``, or ``{voc: {root: DIR, labels: classes}}`` with any
-            options.
+    It is ``voc:DIR``, ``FILE.npz``, or ``{voc: {root: DIR, labels: classes}}`` with any options.
     """
     if not isinstance(reference, str):
         name, given = next(iter(reference.items()))

@@ -101,12 +101,8 @@ class Matrix:
     picture: str | None
 
 
-def matrices(details: Details) -> list[Matrix]:
-    """Return the confusion matrices, each as numbers, or as a picture if the classes are many."""
-    return [_matrix(details, confusion) for confusion in details.confusions]
-
-
-def _matrix(details: Details, confusion: Confusion) -> Matrix:
+def matrix(details: Details, confusion: Confusion) -> Matrix:
+    """Return a confusion matrix as numbers, or as a picture if the classes are many."""
     rows, columns, counts = np.array(confusion.cells, dtype=np.int64).reshape(-1, 3).T
     size = max(len(details.classes), int(max(rows.max(initial=0), columns.max(initial=0))) + 1)
     totals = np.bincount(rows, weights=counts, minlength=size)

@@ -101,7 +101,7 @@ def _lost(report: Report) -> dict[str, Any]:
             key=lambda part: places.index(part.variant) if part.variant in places else len(places),
         ),
         "class_tables": errors_by_class.class_tables(details),
-        "matrices": errors_by_class.matrices(details),
+        "matrices": [errors_by_class.matrix(details, each) for each in details.confusions],
         "confused": errors_by_class.grown_confusions(details),
         "subgroups": errors_by_class.subgroup_table(details),
         "reliability": reliability(bins) if any(points for _, points, _ in bins) else None,

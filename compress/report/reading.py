@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from compress.artifact import check_file, read_json
-from compress.errors import RunError, absence, first_problem, listed
+from compress.errors import RunError, absence, boundary, first_problem, listed
 from compress.packages import DISTRIBUTION
 from compress.report.charts import learning_curves
 from compress.report.run_folder import (
@@ -118,7 +118,7 @@ def check_schema(content: Any, path: Path) -> None:
 def _half_finished(folder: Path) -> Report:
     description = RunFolder(folder).description()
     recipe = description.get("recipe") or {}
-    try:
+    with boundary(RunError, "does not describe a run", where=str(folder / RUN_FILE)):
         report = Report(
             name=str(recipe.get("name") or folder.name),
             recipe=recipe,
@@ -133,10 +133,7 @@ def _half_finished(folder: Path) -> Report:
             skipped={"everything": UNFINISHED},
             incomplete=tuple(_unfinished(folder)),
         )
-    except (ValidationError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(
-            f"does not describe a run: {str(error).splitlines()[0]}", where=str(folder / RUN_FILE)
-        ) from None
+
     return report.model_copy(update={"verdict": f"Not finished: {UNFINISHED}. {verdict(report)}"})
 
 

@@ -334,7 +334,6 @@ def held(root: Path) -> Iterator[None]:
 
 
 def _opened(path: Path) -> int:
-    """Return a locked descriptor of the file that ``path`` names."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
@@ -367,7 +366,6 @@ def _lock(descriptor: int, path: Path) -> None:
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Return whether ``path`` still names the open file."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:

@@ -28,9 +28,7 @@ def _check_png(value: object) -> object:
 
 
 Png = Annotated[
-    str,
-    Field(pattern=r"^data:image/png;base64,[A-Za-z0-9+/]+={0,2}$"),
-    BeforeValidator(_check_png),
+    str, Field(pattern=r"^data:image/png;base64,[A-Za-z0-9+/]+={0,2}$"), BeforeValidator(_check_png)
 ]
 
 

@@ -58,12 +58,7 @@ class Cell:
         if form == "factor":
             told = figures.factor(value, bounds)
             return cls(told, value, figures.beside_factor(bounds), remark)
-        write = {
-            "number": figures.number,
-            "percent": figures.percent,
-            "points": figures.points,
-        }[form]
-        return cls(write(value), value, figures.interval(bounds, form), remark)
+        return cls(getattr(figures, form)(value), value, figures.interval(bounds, form), remark)
 
 
 @dataclass(frozen=True)
@@ -153,10 +148,7 @@ def speeds(report: Report) -> Table:
     return Table("speed", "Speed and memory", columns, tuple(rows))
 
 
-_PLACE = (
-    Column("Variant", is_number=False),
-    Column("Runtime", is_number=False),
-)
+_PLACE = (Column("Variant", is_number=False), Column("Runtime", is_number=False))
 
 
 def _place(variant: Variant, result: Result) -> tuple[Cell, ...]:
@@ -282,7 +274,6 @@ def _fill_record(field: str, form: str, key: str | None = None) -> Fill:
 
 
 def _fill_entry(field: str, key: str) -> Fill:
-    """Return what reads one of the figures that a field of a result holds by name."""
     return lambda result: FieldValue(key, getattr(result, field).get(key))
 
 

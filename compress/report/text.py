@@ -245,7 +245,6 @@ def section(source: Table) -> str:
 
 
 def _cell(cell: Cell) -> str:
-    """Return "value (low..high), remark"."""
     value = f"{cell.text} ({cell.bounds})" if cell.bounds else cell.text
     return escaped_line(", ".join(part for part in (value, cell.remark) if part))
 

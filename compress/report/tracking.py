@@ -19,10 +19,8 @@ def tracker(name: str) -> Callable[[Report, Path], str]:
     """Return a function that logs every figure of a report, its recipe, and the report itself.
 
     It takes a report and the folder of its run, below which event files of TensorBoard go, and
-    returns in a sentence where the figures are.
-
-    Args:
-        name: "tensorboard", or "mlflow" with the server that MLflow is configured for.
+    returns in a sentence where the figures are. ``name`` is "tensorboard", or "mlflow" with the
+    server that MLflow is configured for.
 
     Raises:
         UnknownNameError: there is no such tracker.

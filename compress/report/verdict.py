@@ -13,15 +13,7 @@ from compress.report.numbers import (
     signed,
     slowdown,
 )
-from compress.report.schema import (
-    BUSY_RESOLUTION_PCT,
-    SAME,
-    ChangeRecord,
-    Interval,
-    Report,
-    Result,
-    Variant,
-)
+from compress.report.schema import BUSY_RESOLUTION_PCT, SAME, ChangeRecord, Report, Result, Variant
 from compress.statistics import excludes
 
 BUDGETS = ("top1_drop_pct", "max_drop_pct", "max_drop", "metric_drop")  # gates of accuracy
@@ -191,12 +183,13 @@ def _accuracy(report: Report, variant: Variant, before: Result, after: Result) -
     if change is None:
         return _likeness(measured) if measured.outputs else "with accuracy not measured"
     unit = "points" if change.unit == "pct" else change.unit
-    moved, bounds = f"{points(change.value)} {unit}", _ci(change.ci95, "points")
+    moved = f"{points(change.value)} {unit}"
+    bounds = f"95 % CI {interval(change.ci95, 'points')}" if change.ci95 else ""
     if change.differs:
-        return f"at {moved} of {name} ({bounds[2:] or 'no interval measured'})"
+        return f"at {moved} of {name} ({bounds or 'no interval measured'})"
     if change.verdict != SAME:  # it says what so few images cannot tell
-        return f"at {moved} of {name}, where {change.verdict} ({bounds[2:]})"
-    return f"with {SAME} in {name} ({moved}{bounds})"
+        return f"at {moved} of {name}, where {change.verdict} ({bounds})"
+    return f"with {SAME} in {name} ({', '.join(filter(None, (moved, bounds)))})"
 
 
 def _likeness(result: Result) -> str:
@@ -239,7 +232,6 @@ def _better(report: Report, variant: Variant, after: Result) -> str:
 
 
 def _is_faster(one: Result, other: Result) -> bool:
-    """Return whether the intervals of two latencies say that ``one`` is faster."""
     if one.busy or other.busy:  # which moves both by more than their intervals say
         share = 1 - BUSY_RESOLUTION_PCT / 100
         return (one.latency_ms_p50 or 0) < share * (other.latency_ms_p50 or 0)
@@ -251,7 +243,3 @@ def _is_faster(one: Result, other: Result) -> bool:
 def title(variant: Variant, result: Result) -> str:
     """Return the name of a variant, with its precision where that is half."""
     return f"{variant.name} in fp16" if result.precision == "fp16" else variant.name
-
-
-def _ci(bounds: Interval | None, form: str = "number") -> str:
-    return f", 95 % CI {interval(bounds, form)}" if bounds else ""

@@ -15,16 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from compress import plugins
 from compress.artifact import check_other_file, read_json, sha256, write_json
 from compress.errors import EngineError, UsageError, absence
 from compress.graph import files
 from compress.graph.metadata import input_facts
-from compress.runtimes._session import BuildRequest, CheckedSession, Opens, RawSession, TensorSpec
+from compress.runtimes._session import BuildRequest, Opens, RawSession, Session, TensorSpec
 from compress.trust import check_engine, remember_engine
 
 if TYPE_CHECKING:  # torch takes seconds to import, and most runtimes have no use for it
@@ -44,37 +42,6 @@ __all__ = [
     "open_session",
     "unavailable",
 ]
-
-
-@runtime_checkable
-class Session(Protocol):
-    """A loaded artifact that runs batches."""
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        """What ``run`` takes, in order."""
-        ...
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        """What ``run`` returns, in order."""
-        ...
-
-    def run(self, *arrays: np.ndarray) -> list[np.ndarray]:
-        """Return one array for each output."""
-        ...
-
-    def close(self) -> None:
-        """Free what the session holds; a second call does nothing."""
-        ...
-
-    def __enter__(self) -> Self:
-        """Return the session."""
-        ...
-
-    def __exit__(self, *_: object) -> None:
-        """Close the session."""
-        ...
 
 
 class Runtime(Protocol):
@@ -139,18 +106,19 @@ def open_session(
         MissingPackageError: the runtime's package is not installed.
         EngineError: the artifact is damaged, made for something else, or cannot be loaded.
     """
-    _check_threads(threads)
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise UsageError(f"threads is {threads!r}", expected="a whole number, 1 or more")
     name, given = plugins.parse("runtimes", runtime)
-    plugin = plugins.create(
-        "runtimes", {name: given | options}, **_given(threads=threads, device=device, batch=batch)
-    )
+    told = {"threads": threads, "device": device, "batch": batch}
+    supplied = {key: value for key, value in told.items() if value is not None}
+    plugin = plugins.create("runtimes", {name: given | options}, **supplied)
     source = Path(path) if isinstance(path, str | Path) else path
     where = str(path) if isinstance(path, str | Path) else type(path).__name__
     if isinstance(source, Path):
         check_kind(source, name)
         if type(plugin).opens == "engine":  # it runs what is in the file
             check_engine(source)
-    return CheckedSession(plugin.open(source), where)
+    return Session(plugin.open(source), where)
 
 
 def build_engine(
@@ -269,12 +237,3 @@ def kind_of(path: Path) -> str | None:
         return None
     owners = (name for name in plugins.names("runtimes") if runtime_class(name).owns(path, magic))
     return next(owners, None)
-
-
-def _check_threads(threads: int | None) -> None:
-    if threads is not None and (type(threads) is not int or threads < 1):
-        raise UsageError(f"threads is {threads!r}", expected="a whole number, 1 or more")
-
-
-def _given(**values: Any) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if value is not None}

@@ -271,11 +271,7 @@ class Fusion:
 
 
 def check_fusion(
-    path: str | Path,
-    runtime: str,
-    *,
-    engine: str | Path | None = None,
-    threads: int | None = None,
+    path: str | Path, runtime: str, *, engine: str | Path | None = None, threads: int | None = None
 ) -> Fusion:
     """Return what ``runtime`` makes of the ONNX file ``path`` on this machine.
 
@@ -371,10 +367,7 @@ def _reaches(start: int, steps: list[set[int]], wanted: list[bool]) -> bool:
 
 
 def _regions(
-    members: Iterable[int],
-    before: list[set[int]],
-    behind: list[set[int]],
-    found: list[Kernel],
+    members: Iterable[int], before: list[set[int]], behind: list[set[int]], found: list[Kernel]
 ) -> list[set[int]]:
     left, regions = set(members), []
     while left:

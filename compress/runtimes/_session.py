@@ -68,17 +68,14 @@ class RawSession(Protocol):
         ...
 
 
-class CheckedSession:
-    """A session that refuses what its engine would misread, in a message that says what fits."""
+class Session:
+    """A loaded artifact that runs batches; what its engine would misread is refused, and why."""
 
     def __init__(self, raw: RawSession, where: str) -> None:
         self.inputs = raw.inputs
         self.outputs = raw.outputs
         self._raw: RawSession | None = raw
         self._where = where
-        self._expected = [
-            (spec.dtype and np.dtype(spec.dtype), _tail(spec), _range(spec)) for spec in raw.inputs
-        ]
 
     @property
     def raw(self) -> RawSession:
@@ -101,24 +98,13 @@ class CheckedSession:
             EngineError: an array does not fit its input, or the runtime fails on it.
         """
         raw = self.raw
-        if len(arrays) != len(self._expected):
+        if len(arrays) != len(self.inputs):
             names = ", ".join(spec.name for spec in self.inputs)
             raise EngineError(
                 f"{len(arrays)} arrays given", where=self._where, expected=f"one each for {names}"
             )
-        for array, (dtype, tail, (low, high)) in zip(arrays, self._expected, strict=True):
-            fits = (
-                type(array) is np.ndarray
-                and (dtype is None or array.dtype == dtype)
-                and (
-                    array.shape == tail
-                    if not array.ndim
-                    else (tail is None or array.shape[1:] == tail) and low <= array.shape[0] <= high
-                )
-            )
-            if not fits:
-                self._check_slowly(arrays)
-                break
+        for array, spec in zip(arrays, self.inputs, strict=True):
+            _check_fits(array, spec, f"{self._where}: input {spec.name!r}")
         return raw.run(arrays)
 
     def close(self) -> None:
@@ -133,62 +119,47 @@ class CheckedSession:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _check_slowly(self, arrays: tuple[np.ndarray, ...]) -> None:
-        for array, spec in zip(arrays, self.inputs, strict=True):
-            where = f"{self._where}: input {spec.name!r}"
-            if not isinstance(array, np.ndarray) or (not array.ndim and spec.shape != ()):
-                raise EngineError(
-                    f"a {type(array).__name__} without a batch dimension"
-                    if isinstance(array, np.ndarray)
-                    else f"a {type(array).__name__}",
-                    where=where,
-                    expected="a numpy array, the batch first",
-                )
-            if spec.dtype is not None and array.dtype != np.dtype(spec.dtype):
-                raise EngineError(
-                    f"an array of {array.dtype}",
-                    where=where,
-                    expected=spec.dtype,
-                    fix=f"Pass array.astype(numpy.{spec.dtype})"
-                    if spec.dtype.startswith("float")
-                    else "Pass the image as it is, not normalized",
-                )
-            if spec.shape is not None and not _matches(array.shape, spec.shape):
-                shown = ", ".join(map(str, spec.shape))
-                raise EngineError(
-                    f"an array of shape {array.shape}", where=where, expected=f"shape ({shown})"
-                )
-            if not array.ndim:
-                continue
-            low, high = _range(spec)
-            if not array.shape[0]:
-                raise EngineError("a batch of 0", where=where, expected="at least one row")
-            if not low <= array.shape[0] <= high:
-                raise EngineError(
-                    f"a batch of {array.shape[0]} is outside what this engine was built for",
-                    where=where,
-                    expected=f"{low} to {high}",
-                    fix=f"Build it again with --batch {low},{low},{max(high, array.shape[0])}",
-                )
+
+def _check_fits(array: object, spec: TensorSpec, where: str) -> None:
+    is_array = isinstance(array, np.ndarray)
+    if not isinstance(array, np.ndarray) or (not array.ndim and spec.shape != ()):
+        raise EngineError(
+            f"a {type(array).__name__}{' without a batch dimension' * is_array}",
+            where=where,
+            expected="a numpy array, the batch first",
+        )
+    if spec.dtype is not None and array.dtype != spec.dtype:
+        raise EngineError(
+            f"an array of {array.dtype}",
+            where=where,
+            expected=spec.dtype,
+            fix=f"Pass array.astype(numpy.{spec.dtype})"
+            if spec.dtype.startswith("float")
+            else "Pass the image as it is, not normalized",
+        )
+    if spec.shape is not None and not _matches(array.shape, spec.shape):
+        shown = ", ".join(map(str, spec.shape))
+        raise EngineError(
+            f"an array of shape {array.shape}", where=where, expected=f"shape ({shown})"
+        )
+    if not array.ndim:
+        return
+    if not array.shape[0]:
+        raise EngineError("a batch of 0", where=where, expected="at least one row")
+    low, high = spec.batch or (1, array.shape[0])
+    if not low <= array.shape[0] <= high:
+        raise EngineError(
+            f"a batch of {array.shape[0]} is outside what this engine was built for",
+            where=where,
+            expected=f"{low} to {high}",
+            fix=f"Build it again with --batch {low},{low},{max(high, array.shape[0])}",
+        )
 
 
 def _matches(shape: tuple[int, ...], expected: tuple[int | str, ...]) -> bool:
     return len(shape) == len(expected) and all(
         isinstance(want, str) or have == want for have, want in zip(shape, expected, strict=True)
     )
-
-
-def _tail(spec: TensorSpec) -> tuple[int | str, ...] | None:
-    """Return the shape behind the batch; with a free dimension in it the slow check decides."""
-    return None if spec.shape is None else spec.shape[1:]
-
-
-def _range(spec: TensorSpec) -> tuple[int, int]:
-    """Return the smallest and largest batch that fits."""
-    if spec.batch is not None:
-        return spec.batch
-    first = spec.shape[0] if spec.shape else "batch"
-    return (1, 2**31) if isinstance(first, str) else (first, first)
 
 
 def of_precision(path: Path, precision: str | None) -> ModelProto:

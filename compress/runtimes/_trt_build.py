@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from compress import progress
 from compress.artifact import replacing, write_json
 from compress.errors import EngineError, UnknownNameError
 from compress.graph.shapes import input_axes
-from compress.runtimes import _session, _trt_layers
+from compress.runtimes import _session
 from compress.runtimes._session import BuildRequest
 from compress.runtimes._trt import Flavour, Log, gpu_capability, gpu_name
 
@@ -209,9 +210,9 @@ class Build:
 
     def _layers(self, trt: ModuleType, blob: Any) -> dict[str, Any]:
         if gpu_name() is None:
-            return _trt_layers.from_log(self.log.messages)
+            return from_log(self.log.messages)
         engine = trt.Runtime(self.log.attached(trt)).deserialize_cuda_engine(blob)
-        return _trt_layers.from_engine(trt, engine) if engine else {"Layers": []}
+        return from_engine(trt, engine) if engine else {"Layers": []}
 
     def _facts(self, trt: ModuleType, model: ModelProto, layers: dict[str, Any]) -> dict[str, Any]:
         wanted = self.settings
@@ -303,3 +304,109 @@ def check_quantization(model: ModelProto, path: Path) -> None:
 def _said(log: Log, pattern: str) -> int | None:
     found = [int(m[1]) for _, text in log.messages if (m := re.search(pattern, text))]
     return found[-1] if found else None
+
+
+_LAYER = re.compile(
+    r"^Name: (?P<name>.*?), LayerType: (?P<type>[^,]*), Inputs: (?P<inputs>\[.*?\]), "
+    r"(?:Constants: (?P<constants>\[.*?\]), )?Outputs: (?P<outputs>\[.*?\])"
+    r"(?:, (?P<rest>(?:ParameterType|TacticName|TacticValue|StreamId|Metadata).*))?$"
+)
+_TENSOR = re.compile(
+    r"\{ Name: (?P<name>.*?), (?:Location: \w+, )?Dimensions: \[(?P<dims>[^\]]*)\]"
+    r".*?Format(?:/Datatype)?: (?P<format>[^}]*?)\s*\}"
+)
+_DATATYPE = re.compile(r"Datatype: (\w+)")
+
+
+def from_engine(trt: ModuleType, engine: Any) -> dict[str, Any]:
+    """Return what the inspector of a loaded engine says, shaped by ``normalized_layers``."""
+    inspector = engine.create_engine_inspector()
+    told = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+    return normalized_layers(json.loads(told))
+
+
+def normalized_layers(told: dict[str, Any]) -> dict[str, Any]:
+    """Return inspector JSON of TensorRT 10 or 11 in one shape.
+
+    10 names its "Bindings" and writes "Format/Datatype" in one; 11 has "I/O Tensors" objects and
+    writes them apart. Layers may be bare names where the engine was built without details.
+    """
+    layers = [
+        {"Name": layer, "LayerType": "", "Inputs": [], "Outputs": [], "Constants": []}
+        if isinstance(layer, str)
+        else layer
+        | {key: [_tensor(t) for t in layer.get(key) or []] for key in ("Inputs", "Outputs")}
+        for layer in told.get("Layers", [])
+    ]
+    ends = told.get("I/O Tensors", told.get("Bindings", []))
+    names = [end["Name"] if isinstance(end, dict) else end for end in ends]
+    return {"Layers": layers, "Bindings": names}
+
+
+def from_log(messages: list[tuple[str, str]]) -> dict[str, Any]:
+    """Return the layers that the builder printed; none if it printed none."""
+    dumps = [text for _, text in messages if text.startswith("Layers:\n")]
+    if not dumps:
+        return {"Layers": [], "Bindings": []}
+    head, _, tail = dumps[-1].partition("\nI/O Tensors:")
+    layers = [_layer(found) for line in head.splitlines() if (found := _LAYER.match(line))]
+    names = re.findall(r"^ ?Name: (.*?), IOMode", tail, re.MULTILINE)
+    return {"Layers": layers, "Bindings": names}
+
+
+def _layer(found: re.Match[str]) -> dict[str, Any]:
+    rest = found["rest"] or ""
+    tactic = re.search(r"TacticName: (.*?), StreamId", rest)
+    metadata = re.search(r"Metadata: (.*)$", rest)
+    return {
+        "Name": found["name"],
+        "LayerType": found["type"],
+        "Inputs": _tensors(found["inputs"]),
+        "Outputs": _tensors(found["outputs"]),
+        "Constants": _tensors(found["constants"] or ""),
+        "TacticName": tactic[1] if tactic else "",
+        "Metadata": metadata[1] if metadata else "",
+    }
+
+
+def _tensors(text: str) -> list[dict[str, Any]]:
+    return [
+        _tensor(
+            {
+                "Name": found["name"],
+                "Dimensions": [int(size) for size in found["dims"].split(",") if size],
+                "Format": found["format"],
+                "Datatype": (_DATATYPE.search(found[0]) or ["", ""])[1],
+            }
+        )
+        for found in _TENSOR.finditer(text)
+    ]
+
+
+def _tensor(told: dict[str, Any]) -> dict[str, Any]:
+    """Return one tensor with "Datatype" apart from "Format", whatever the dialect."""
+    joined = told.get("Format/Datatype", told.get("Format", ""))
+    return {
+        "Name": told.get("Name", ""),
+        "Dimensions": told.get("Dimensions", []),
+        "Format": joined,
+        "Datatype": told.get("Datatype") or _kind(joined),
+    }
+
+
+def _kind(text: str) -> str:
+    """Return the data type that TensorRT 10 hides in a format: "... INT8 format", "Half"."""
+    upper = text.upper()
+    for mark, kind in (
+        ("INT8", "Int8"),
+        ("FP16", "Half"),
+        ("HALF", "Half"),
+        ("BF16", "BFloat16"),
+        ("FP32", "Float"),
+        ("FLOAT", "Float"),
+        ("INT32", "Int32"),
+        ("INT64", "Int64"),
+    ):
+        if mark in upper:
+            return kind
+    return ""

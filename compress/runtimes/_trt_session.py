@@ -73,7 +73,10 @@ class TrtSession:
         Method: two CUDA events around one execution on an otherwise idle stream.
         """
         buffers = self._prepared(arrays)
-        start, end = (_event() for _ in range(2))
+        start, end = (
+            torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            for _ in range(2)
+        )
         with torch.cuda.stream(self._stream):
             self._execute(buffers)
             start.record(self._stream)
@@ -280,10 +283,6 @@ def _covers(built_for: list[str] | None, here: str) -> bool:
         here == name or (name.endswith("+") and int(name[2:-1]) // 10 <= major)
         for name in built_for
     )
-
-
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def _torch_dtype(spec: TensorSpec) -> torch.dtype:

@@ -147,11 +147,7 @@ class Openvino(Runtime):
         return compiled
 
     def _check_kept(self, compiled: Any, device: str, path: Path) -> None:
-        """Refuse a device or a precision that OpenVINO took instead of the one asked for.
-
-        Raises:
-            EngineError: it did; the message has both.
-        """
+        """Refuse a device or a precision that OpenVINO took instead of the one asked for."""
         got = list(compiled.get_property("EXECUTION_DEVICES"))
         if any(name.split(".")[0] != device.split(".")[0] for name in got):
             raise EngineError(
@@ -207,8 +203,7 @@ def openvino_error(error: Exception, path: Path | None) -> EngineError:
     text = str(error)
     where = str(path) if path else ""
     missing = re.search(
-        r"(?:No conversion rule found for|not support the following ONNX) operations: (.+)",
-        text,
+        r"(?:No conversion rule found for|not support the following ONNX) operations: (.+)", text
     )
     if missing:
         names = ", ".join(part.strip(" .").rsplit("-", 1)[0] for part in missing[1].split(","))

@@ -24,24 +24,22 @@ from compress.tasks._metrics import (
     Kind,
     Primary,
     agreement,
-    class_metrics,
-    compare_metrics,
-    mean_of,
-    metrics,
-    values_of,
-)
-from compress.tasks._plain_answers import arrays_told
-from compress.tasks._scoring import (
     channels_first,
     check_repeated,
+    class_metrics,
+    compare_metrics,
     contributions,
     main_output,
+    mean_of,
+    metrics,
     nearest_task,
     numeric,
     predicted,
     scored,
     shapes_told,
+    values_of,
 )
+from compress.tasks._plain_answers import arrays_told
 
 __all__ = [
     "TOP1",
@@ -201,18 +199,13 @@ class Task(abc.ABC):
         return self.classes[label] if 0 <= label < len(self.classes) else str(label)
 
     def counted_outputs(self, outputs: Mapping[str, Any]) -> tuple[str, ...] | None:
-        """Return the places of the outputs whose channels must stay in pruning; None: all.
-
-        Args:
-            outputs: Tensors that the network returns, by their places.
-        """
+        """Return which ``outputs``, tensors by their places, keep their channels; None: all."""
         return None
 
     def read_outputs(self, outputs: Mapping[str, Any]) -> tuple[str, ...] | None:
-        """Return the places of the outputs that ``predict`` reads; None: all. Files hold no others.
+        """Return which ``outputs``, tensors by their places, ``predict`` reads; None: all.
 
-        Args:
-            outputs: Tensors that the network returns, by their places.
+        Files hold no others.
         """
         return None
 

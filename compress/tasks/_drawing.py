@@ -114,14 +114,12 @@ def _overlap(one: Sequence[float], other: Sequence[float]) -> bool:
 
 
 def _font(image: Image) -> Any:
-    """Return a font that can be read in an image of this size."""
     from PIL import ImageFont
 
     return ImageFont.load_default(size=max(SMALLEST_FONT, min(image.shape[:2]) // LETTERS))
 
 
 def _height(font: ImageFont.FreeTypeFont) -> int:
-    """Return the height of a line, pixels."""
     return int(font.size * 1.3)
 
 

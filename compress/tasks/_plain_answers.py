@@ -22,11 +22,7 @@ def classes_told(chances: Any, present: Any, name_of: Callable[[int], str]) -> l
     """Return the classes that are present, at least one, the likeliest first; (K,) of each."""
     order = np.argsort(-chances, kind="stable")[: max(1, int(present.sum()))]
     return [
-        {
-            "class": name_of(int(k)),
-            "probability": float(chances[k]),
-            "present": bool(present[k]),
-        }
+        {"class": name_of(int(k)), "probability": float(chances[k]), "present": bool(present[k])}
         for k in order
     ]
 

@@ -153,11 +153,7 @@ class Detection(Task):
         total = len(one["labels"]) + len(two["labels"])
         if not total:
             return 100.0
-        both = 0
-        for label in np.intersect1d(one["labels"], two["labels"]):
-            a, b = (each["boxes"][each["labels"] == label] for each in (one, two))
-            both += int(_matched(box_iou(b, a), np.zeros(len(a), bool))[0].sum())
-        return 200.0 * both / total
+        return 200.0 * (len(two["labels"]) - len(_without(two, one)["labels"])) / total
 
     def finds(self, prediction: Prediction) -> bool:
         """Return whether there is a box with a score of 0.3 or more."""
@@ -248,7 +244,6 @@ class Detection(Task):
         )
 
     def _decoded(self, head: Array) -> tuple[Array, Array, Array]:
-        """Return the boxes of one YOLO head (4 + K, A) after NMS within each class."""
         if self.multi_label:
             labels, places = np.nonzero(head[4:] > self.score_threshold)
             return self._nms.suppressed(head, labels, places)
@@ -305,11 +300,7 @@ def _by_rows(head: Array, classes: int) -> Array:
 
 
 def _check_decoded(head: Array) -> None:
-    """Refuse rows, (B, 4 + K, A), whose boxes are offsets in a grid or shares of the image.
-
-    Raises:
-        EngineError: all centres are near the corner, where those of pixels are all over the image.
-    """
+    """Refuse rows, (B, 4 + K, A), whose boxes are offsets in a grid or shares of the image."""
     reach = float(np.abs(head[:, :2]).max(initial=0))
     if head.size and reach < CORNER:
         raise EngineError(
@@ -354,7 +345,6 @@ def _matched(iou: Array, ignored: Array) -> Array:
 
 
 def _ignored(target: Target) -> Array:
-    """Return which objects need not be found, (M,)."""
     return numeric(target.get("ignored", np.zeros(len(target["labels"]), bool))).astype(bool)
 
 

@@ -15,7 +15,7 @@ from compress.measure import Timing, benchmark
 from compress.packages import is_installed
 from compress.pipeline.task import prepared
 from compress.recipe.loading import validate_recipe
-from compress.runtimes._session import CheckedSession
+from compress.runtimes._session import Session
 
 QUICK = ["--set", "measure.rounds=3", "--set", "measure.round_ms=5", "--method", "plain"]
 
@@ -316,8 +316,8 @@ def test_bench_without_pictures_makes_some_of_the_size_that_is_given(
         fed.update(zip((spec.name for spec in session.inputs), told, strict=True))
         return original(session, *arrays)
 
-    original = CheckedSession.run
-    monkeypatch.setattr(CheckedSession, "run", run)
+    original = Session.run
+    monkeypatch.setattr(Session, "run", run)
     quick = Timing(0.05, 0.01, 0.0, 3, 0.01, 0.05)
     monkeypatch.setattr(
         benchmark, "bench_artifacts", partial(benchmark.bench_artifacts, timing=quick)

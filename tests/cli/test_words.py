@@ -9,7 +9,7 @@ import typer
 from PIL import Image
 
 from compress.cli import app
-from compress.cli.options import _content, model_options
+from compress.cli.options import model_options, recipe_of
 from compress.errors import CompressError, RecipeError
 from compress.recipe.loading import validate_recipe
 
@@ -55,8 +55,7 @@ def test_what_is_expected_is_what_the_option_takes(compress, arguments, said):
 )
 def test_trust_is_an_option_of_no_network_but_pickled_ones(name, options):
     given = {"model": name, "data": "digits", "seed": 0, "overrides": None, "trust": True}
-    content = _content("prune", given, [], [])
-    assert content["model"].get("options", {}) == options
+    assert recipe_of("prune", given, [], []).model.options == options
     assert model_options(name, trust=False) == {}
 
 

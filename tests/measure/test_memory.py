@@ -14,7 +14,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from compress.errors import EngineError
-from compress.measure import METHODS, activations_mib, memory, probe, weights_mib
+from compress.measure import METHODS, memory, probe
+from compress.measure.memory import activations_mib, weights_mib
 
 MIB = 2**20
 

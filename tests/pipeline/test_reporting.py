@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from compress import pipeline
-from compress.pipeline.details import tensor_ranges
-from compress.pipeline.reporting import notes_of
+from compress.pipeline.reporting import notes_of, tensor_ranges
 from compress.qdq.plan import ActivationRange, QuantPlan, WeightScales
 from compress.recipe.loading import validate_recipe
 

@@ -274,11 +274,11 @@ def test_a_matrix_of_few_classes_is_numbers_and_of_many_a_picture():
     few = Details(
         classes=("a", "b"), confusions=(Confusion(variant="v", cells=((0, 0, 3), (0, 1, 1))),)
     )
-    (matrix,) = errors_by_class.matrices(few)
+    matrix = errors_by_class.matrix(few, *few.confusions)
     assert matrix.rows == (((3, 0.75), (1, 0.25)), ((0, 0.0), (0, 0.0)))
     cells = tuple((n, n, 10) for n in range(0, 1000, 4))
     many = Details(confusions=(Confusion(variant="v", cells=cells),))
-    (matrix,) = errors_by_class.matrices(many)
+    matrix = errors_by_class.matrix(many, *many.confusions)
     raw = base64.b64decode(matrix.picture.removeprefix("data:image/png;base64,"))
     opacity = np.asarray(Image.open(io.BytesIO(raw)))[..., 3]
     assert opacity.shape == (250, 250)  # each pixel is the largest of 4 x 4 classes

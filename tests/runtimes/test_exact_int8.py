@@ -12,7 +12,7 @@ from int8_graphs import GRAPHS, images, run
 
 from compress.qdq import write_qdq
 from compress.quantize import calibrate, make_quant_plan
-from compress.quantize.sqnr import sqnr_db
+from compress.quantize.sessions import sqnr_db
 from compress.runtimes import _plain_kernels, build_engine, open_session
 from compress.runtimes.onnxruntime import Onnxruntime
 

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from compress.errors import EngineError, UsageError
 from compress.graph.shapes import macs
 from compress.packages import is_installed
-from compress.runtimes import _trt_layers
+from compress.runtimes import _trt_build
 from compress.runtimes._fusion import Fusion, Kernel, check_fusion, islands
 
 FIRST, SECOND, LAST = 8 * 64 * 3 * 9, 8 * 64 * 8 * 9, 5 * 8  # MACs of the three layers below
@@ -244,7 +244,7 @@ def test_the_inspector_of_tensorrt_is_read(tmp_path: Path) -> None:
     }
     source = residual(tmp_path / "x.onnx", "int8")
     file = tmp_path / "x.engine.layers.json"
-    file.write_text(json.dumps(_trt_layers.normalized_layers(told)))
+    file.write_text(json.dumps(_trt_build.normalized_layers(told)))
     fusion = check_fusion(source, "tensorrt", engine=tmp_path / "x.engine")
     assert fusion.reformats == ("Reformatting 1",)
     assert [(f.node, f.precision) for f in fusion.float_layers] == [("fc", "fp16")]

@@ -20,12 +20,11 @@ from compress.packages import is_installed
 from compress.runtimes import (
     _trt,
     _trt_build,
-    _trt_layers,
     build_engine,
     build_record,
     open_session,
 )
-from compress.runtimes._session import BuildRequest, CheckedSession, TensorSpec
+from compress.runtimes._session import BuildRequest, Session, TensorSpec
 from compress.runtimes._trt import TENSORRT, EngineHeader, Log
 from compress.runtimes._trt_build import Build, BuildSettings
 from compress.runtimes._trt_session import TrtSession, check_fits
@@ -224,7 +223,7 @@ class Echo:
 
 @pytest.mark.parametrize("size", [1, 5])
 def test_a_batch_outside_the_profile_is_refused(size: int) -> None:
-    session = CheckedSession(Echo(), "x.engine")
+    session = Session(Echo(), "x.engine")
     with pytest.raises(
         EngineError,
         match=rf"batch of {size} is outside.*Expected 2 to 4.*--batch 2,2,{max(4, size)}",
@@ -366,7 +365,7 @@ ELEVEN = {
 
 @pytest.mark.parametrize("told", [TEN, ELEVEN], ids=["10", "11"])
 def test_both_dialects_of_the_inspector_say_the_same(told: dict[str, Any]) -> None:
-    normal = _trt_layers.normalized_layers(told)
+    normal = _trt_build.normalized_layers(told)
     assert normal["Bindings"] == ["input", "logits"]
     first = normal["Layers"][0]
     assert [t["Datatype"] for t in first["Inputs"] + first["Outputs"]] == ["Int8", "Float"]
@@ -384,7 +383,7 @@ def test_every_build_hears_its_own_messages_and_all_of_them(engine: Path, tmp_pa
 
 
 def test_a_log_without_layers_gives_none() -> None:
-    assert _trt_layers.from_log([("VERBOSE", "nothing")]) == {"Layers": [], "Bindings": []}
+    assert _trt_build.from_log([("VERBOSE", "nothing")]) == {"Layers": [], "Bindings": []}
 
 
 def test_errors_are_of_the_family(engine: Path, tmp_path: Path) -> None:

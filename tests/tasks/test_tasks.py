@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from compress import evaluate, plugins, statistics, tasks
 from compress.data import load_data
 from compress.errors import DataError, EngineError, TrainingError, UnknownNameError, UsageError
-from compress.evaluate.evaluation import Evaluation
+from compress.evaluate import Evaluation
 from compress.modules.objective import TaskLoss
 from compress.recipe.settings import DataSettings
 from compress.report.pictures import thumbnail

@@ -44,15 +44,10 @@ SCRIPTS = {  # by their names in the bundle
 
 
 def write_bundle(run: str | Path, out: str | Path) -> Path:
-    """Pack a finished run for a device.
+    """Pack the finished run in a folder for a device as ``out``, FILE.tar.gz, and return that.
 
-    Args:
-        run: Run folder.
-        out: The file to write, FILE.tar.gz.
-
-    Returns:
-        ``out``. It unpacks into one folder, whose ``run.py`` builds, checks and measures there and
-        whose ``predict.py`` answers pictures.
+    It unpacks into one folder, whose ``run.py`` builds, checks and measures there and whose
+    ``predict.py`` answers pictures.
 
     Raises:
         UsageError: ``out`` has another ending.
@@ -125,7 +120,6 @@ def _models(folder: Path) -> list[dict[str, Any]]:
 
 
 def _input(dataset: Dataset) -> dict[str, Any]:
-    """Return how pictures become the input of the networks."""
     told: dict[str, Any] = {
         "channels": dataset.channels,
         "layout": dataset.layout,

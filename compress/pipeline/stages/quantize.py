@@ -82,11 +82,7 @@ def _finished(
     stage: Path,
     form: str,
 ) -> tuple[RunVariant, QuantPlan, dict[str, Any] | None, schema.Gate | None]:
-    """Train a graph and hold it to its limit of loss, where the stage asks for it.
-
-    Returns:
-        The variant, its plan, what is recorded of its training, and its limit of loss.
-    """
+    """Train a graph and hold it to its limit of loss, where the stage asks for it."""
     out, source = stage / f"model.{form}.onnx", None
     training = gate = None
     if settings.qat is not None:

@@ -46,6 +46,18 @@ def test_options_reach_the_plugin_and_the_reference_wins():
     assert (made.root, made.image_size) == ("x", 8)
 
 
+def test_commas_of_lists_and_mappings_do_not_end_an_option():
+    text = "masks:root=DIR,classes=[sky, car],more={a: 1, b: 2},void=null"
+    options = {"root": "DIR", "classes": ["sky", "car"], "more": {"a": 1, "b": 2}}
+    assert plugins.reference(text) == {"masks": options | {"void": None}}
+
+
+@pytest.mark.parametrize("part", ["classes=[sky", "void", "=1", "void=", "a={b: ]"])
+def test_what_is_no_option_of_a_command_line_is_told(part):
+    with pytest.raises(UsageError, match="is no option. Expected NAME:OPTION=VALUE"):
+        plugins.reference(f"masks:root=DIR,{part}")
+
+
 def test_an_unknown_plugin_lists_the_known():
     with pytest.raises(UnknownNameError, match=r"no such kind of data 'digit'. Did you mean 'dig"):
         plugins.create("data", "digit")

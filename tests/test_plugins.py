@@ -54,7 +54,7 @@ def test_commas_of_lists_and_mappings_do_not_end_an_option():
 
 @pytest.mark.parametrize("part", ["classes=[sky", "void", "=1", "void=", "a={b: ]"])
 def test_what_is_no_option_of_a_command_line_is_told(part):
-    with pytest.raises(UsageError, match="is no option. Expected NAME:OPTION=VALUE"):
+    with pytest.raises(UsageError, match=r"is no option\. Expected NAME:OPTION=VALUE"):
         plugins.reference(f"masks:root=DIR,{part}")
 
 

@@ -55,6 +55,7 @@ _SPELLED = {
     Sequence: "a list",
     Mapping: "a mapping",
 }
+_ARGS = re.compile(r"^Args:\n((?: {4}.*\n?)+)\n*", re.M)  # a section of a docstring
 _OPTIONS = re.compile(r":(?=[^:/]*=)")  # the colon before the options of a reference
 _COMMA = re.compile(r",(?![^\[{]*[\]}])")  # between options, not in a list or a mapping
 _HYPHENATED = {"runtimes", "data"}  # tensorrt-rtx, fashion-mnist: as their makers write them
@@ -176,6 +177,20 @@ def _typed(kind: str, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
                 f"{KINDS[kind]} {name!r}: {key} is {value!r}", expected=_spelled(hints[key])
             ) from None
     return typed
+
+
+def described(kind: str, name: str) -> tuple[str, dict[str, str]]:
+    """Return a plug-in's docstring but for its section "Args", and what each option means.
+
+    What its class does not say of an option, a class says that it is derived from.
+    """
+    told: dict[str, str] = {}
+    for each in reversed(plugin_class(kind, name).__mro__):
+        for section in _ARGS.findall(inspect.cleandoc(vars(each).get("__doc__") or "")):
+            entries = re.split(r"\n    (?=\w+: )", f"\n{section}")[1:]
+            parts = (re.sub(r"\s+", " ", entry).strip().partition(": ") for entry in entries)
+            told |= {option: text for option, _, text in parts}
+    return _ARGS.sub("", documentation(kind, name)).strip(), told
 
 
 def spelled_types(kind: str, name: str) -> dict[str, str]:

@@ -8,6 +8,7 @@ import pytest
 
 from compress import plugins
 from compress.errors import UnknownNameError, UsageError
+from compress.recipe.settings import DataSettings
 
 ALL = [(kind, name) for kind in plugins.KINDS for name in plugins.names(kind)]
 
@@ -17,6 +18,14 @@ def test_every_plugin_is_documented_and_named_after_its_file(kind, name):
     assert plugins.documentation(kind, name)
     assert plugins.plugin_class(kind, name).__doc__
     plugins.options(kind, name)
+
+
+@pytest.mark.parametrize("name", plugins.names("data"))
+def test_every_option_of_a_kind_of_data_is_described(name):
+    _, told = plugins.described("data", name)
+    known = set(plugins.options("data", name))
+    assert set(told) <= known
+    assert known - set(told) - set(DataSettings.model_fields) == set()
 
 
 @pytest.mark.parametrize("kind", plugins.KINDS)

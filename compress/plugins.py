@@ -17,6 +17,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,6 +55,9 @@ _SPELLED = {
     Sequence: "a list",
     Mapping: "a mapping",
 }
+_ARGS = re.compile(r"^Args:\n((?: {4}.*\n?)+)\n*", re.M)  # a section of a docstring
+_OPTIONS = re.compile(r":(?=[^:/]*=)")  # the colon before the options of a reference
+_COMMA = re.compile(r",(?![^\[{]*[\]}])")  # between options, not in a list or a mapping
 _HYPHENATED = {"runtimes", "data"}  # tensorrt-rtx, fashion-mnist: as their makers write them
 
 _ROOT = Path(__file__).parents[1]  # of the package "compress"
@@ -175,6 +179,20 @@ def _typed(kind: str, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     return typed
 
 
+def described(kind: str, name: str) -> tuple[str, dict[str, str]]:
+    """Return a plug-in's docstring but for its section "Args", and what each option means.
+
+    What its class does not say of an option, a class says that it is derived from.
+    """
+    told: dict[str, str] = {}
+    for each in reversed(plugin_class(kind, name).__mro__):
+        for section in _ARGS.findall(inspect.cleandoc(vars(each).get("__doc__") or "")):
+            entries = re.split(r"\n    (?=\w+: )", f"\n{section}")[1:]
+            parts = (re.sub(r"\s+", " ", entry).strip().partition(": ") for entry in entries)
+            told |= {option: text for option, _, text in parts}
+    return _ARGS.sub("", documentation(kind, name)).strip(), told
+
+
 def spelled_types(kind: str, name: str) -> dict[str, str]:
     """Return what each option of a plug-in may be, in the words of YAML."""
     plugin = plugin_class(kind, name)
@@ -223,19 +241,23 @@ def reference(text: str) -> str | dict[str, dict[str, Any]]:
         text: A name, or one with options: ``kd:temperature=4,alpha=0.5``. Values are YAML.
 
     Raises:
-        UsageError: an option has no value.
+        UsageError: an option has no value, or one that is no YAML.
     """
-    name, colon, tail = text.rpartition(":")
-    if not colon or "=" not in tail:
+    found = _OPTIONS.search(text)
+    if found is None:
         return text
+    name, tail = text[: found.start()], text[found.end() :]
     options = {}
-    for part in tail.split(","):
+    for part in _COMMA.split(tail):
         key, equals, value = part.partition("=")
-        if not key or not equals or not value:
-            raise UsageError(
-                f"{part!r} in {text!r} is no option", expected="NAME:OPTION=VALUE,OPTION=VALUE"
-            )
-        options[key] = yaml.safe_load(value)
+        with contextlib.suppress(yaml.YAMLError):
+            if key and equals and value:
+                options[key] = yaml.safe_load(value)
+                continue
+        raise UsageError(
+            f"{part!r} in {text!r} is no option",
+            expected="NAME:OPTION=VALUE,OPTION=VALUE",
+        )
     return {name: options}
 
 

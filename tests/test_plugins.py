@@ -8,6 +8,7 @@ import pytest
 
 from compress import plugins
 from compress.errors import UnknownNameError, UsageError
+from compress.recipe.settings import DataSettings
 
 ALL = [(kind, name) for kind in plugins.KINDS for name in plugins.names(kind)]
 
@@ -17,6 +18,14 @@ def test_every_plugin_is_documented_and_named_after_its_file(kind, name):
     assert plugins.documentation(kind, name)
     assert plugins.plugin_class(kind, name).__doc__
     plugins.options(kind, name)
+
+
+@pytest.mark.parametrize("name", plugins.names("data"))
+def test_every_option_of_a_kind_of_data_is_described(name):
+    _, told = plugins.described("data", name)
+    known = set(plugins.options("data", name))
+    assert set(told) <= known
+    assert known - set(told) - set(DataSettings.model_fields) == set()
 
 
 @pytest.mark.parametrize("kind", plugins.KINDS)
@@ -44,6 +53,18 @@ def test_runtimes_and_data_are_spoken_with_hyphens_and_found_either_way():
 def test_options_reach_the_plugin_and_the_reference_wins():
     made = plugins.create("data", {"npz": {"image_size": 8}}, root="x", image_size=4, other=1)
     assert (made.root, made.image_size) == ("x", 8)
+
+
+def test_commas_of_lists_and_mappings_do_not_end_an_option():
+    text = "masks:root=DIR,classes=[sky, car],more={a: 1, b: 2},void=null"
+    options = {"root": "DIR", "classes": ["sky", "car"], "more": {"a": 1, "b": 2}}
+    assert plugins.reference(text) == {"masks": options | {"void": None}}
+
+
+@pytest.mark.parametrize("part", ["classes=[sky", "void", "=1", "void=", "a={b: ]"])
+def test_what_is_no_option_of_a_command_line_is_told(part):
+    with pytest.raises(UsageError, match=r"is no option\. Expected NAME:OPTION=VALUE"):
+        plugins.reference(f"masks:root=DIR,{part}")
 
 
 def test_an_unknown_plugin_lists_the_known():

@@ -66,7 +66,10 @@ def init(
     weights: Annotated[str | None, typer.Option(help="Weight file; searched for if absent")] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="Images, KIND:PLACE, as imagefolder:photos; searched for if absent"),
+        typer.Option(
+            help="Images, KIND:PLACE, as imagefolder:photos, or with options, as "
+            "masks:root=DIR,void=0; searched for if absent"
+        ),
     ] = None,
     image_size: ImageSize = None,
     task: Annotated[str | None, typer.Option(help="Task; that of the data if absent")] = None,

@@ -79,14 +79,23 @@ def show(
 
 
 def _plugin(kind: str, name: str) -> str:
-    lines = [plugins.documentation(kind, name), "", "Options:"]
+    text, told = plugins.described(kind, name)
+    if kind == "data":
+        told = _of_all_data() | told
+    lines = [text, "", "Options:"]
     types = plugins.spelled_types(kind, name)
     for option, default in plugins.options(kind, name).items():
-        required = default is dataclasses.MISSING
-        lines.append(
-            f"  {option}: {'required' if required else _as_in_yaml(default)} ({types[option]})"
-        )
+        given = "required" if default is dataclasses.MISSING else _as_in_yaml(default)
+        line = f"  {option}: {given} ({types[option]}) {told.get(option, '')}"
+        lines.append(line.rstrip())
     return "\n".join(lines if len(lines) > 3 else [*lines[:-1], "No options."])
+
+
+def _of_all_data() -> dict[str, str]:
+    """Return what the options mean that most kinds of data have."""
+    from compress.recipe.settings import DataSettings
+
+    return {name: field.description or "" for name, field in DataSettings.model_fields.items()}
 
 
 def _stage(name: str) -> str:

@@ -41,10 +41,12 @@ class Annotation:
 class BoxedPictures(Pictures):
     """Pictures with boxes or several classes each.
 
-    Options beside those of all pictures: ``labels`` ("boxes", or "classes": which classes are in
-    an image), ``classes`` (their names, in order; all that occur, sorted, if absent) and
-    ``invalid`` ("refuse" or "drop" boxes that lie outside their image or have no area). Pictures
-    are letterboxed unless ``resize`` says otherwise.
+    Pictures are letterboxed unless ``resize`` says otherwise.
+
+    Args:
+        labels: What is read: boxes, or classes (which classes are in an image).
+        classes: Their names, in order; all that occur, sorted, if absent.
+        invalid: What is done with boxes that lie outside their image or have no area.
     """
 
     labels: str = "boxes"

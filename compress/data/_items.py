@@ -267,7 +267,13 @@ def _wanted(targets: Sequence[Any], where: str) -> LabelledImages:
 
 @dataclass(frozen=True, kw_only=True)
 class ItemPictures(Pictures):
-    """Options of a kind of data made of items: those of pictures, names, what is held back."""
+    """Options of a kind of data made of items: those of pictures, names, what is held back.
+
+    Args:
+        classes: Their names, in order; the data's if absent.
+        test: Share of the images that is held back to test on, where none are set apart.
+        seed: Of what is held back.
+    """
 
     root: str
     classes: tuple[str, ...] | None = None

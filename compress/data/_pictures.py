@@ -183,9 +183,13 @@ def sides(size: ImageSize) -> tuple[int, int]:
 class Pictures:
     """Pictures in files, fitted to one size while they are read.
 
-    Options: ``image_size`` (side, or height and width; 224 if absent), ``channels`` (3, or 1 for
-    grey), ``resize`` ("short side", "squash" or "letterbox"), ``interpolation``, ``crop`` (share
-    of the resized picture that is kept) and ``workers`` (threads that decode).
+    Args:
+        image_size: Side of the network's input, or height and width, pixels; 224 if absent.
+        channels: 3, or 1 for grey.
+        workers: Threads that decode.
+        resize: Cover the size and crop, stretch, or fit inside it; the kind's own if absent.
+        interpolation: Filter of the resizing; bilinear if absent.
+        crop: Share of the resized picture that is kept; 0.875 with short side, else 1.
     """
 
     image_size: ImageSize | None = None

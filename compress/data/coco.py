@@ -22,6 +22,11 @@ class Coco(BoxedPictures):
     there or one level up, or in ../PART of annotations/instances_PART.json. ``test`` and
     ``validation`` are further annotation files; without a test file a tenth of the images is held
     back. Crowds need not be found.
+
+    Args:
+        images: Folder of the images; looked for if absent.
+        validation: Annotation file of the validation images.
+        test: Annotation file of the test images; a tenth is held back if absent.
     """
 
     root: str

@@ -26,6 +26,9 @@ class Codes(Derived):
     unless told otherwise), each with a variance of 1 over the training pictures, so that Gaussian
     seeds are alike; the network takes it as (size, 1, 1). ``image_size`` is that of the pictures.
     Targets are (C, H, W) in [0, 1].
+
+    Args:
+        size: Numbers in a code.
     """
 
     size: int = 32

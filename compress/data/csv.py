@@ -32,6 +32,14 @@ class Csv(Pictures):
     the table's folder on, from the one beside it that has the first, or from ``folder``. Without a
     split ``test`` of each class is held back, by seed; a validation set without a test set is the
     test set.
+
+    Args:
+        image: Column of the files.
+        label: Column of the class, or several with commas.
+        split: Column of the split.
+        folder: Where the files are looked for.
+        test: Share of the images that is held back to test on, where none are set apart.
+        seed: Of what is held back.
     """
 
     root: str

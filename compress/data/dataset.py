@@ -30,6 +30,9 @@ class Dataset(ItemPictures):
     which ``data.mean`` and ``data.std`` are for) and its target: a class, a name, zeros and ones of
     several classes, a mask (H, W), or a picture to give back. Classes are called as the Dataset's
     ``classes`` say.
+
+    Args:
+        arguments: Further arguments of the function.
     """
 
     arguments: Mapping[str, Any] = field(default_factory=dict)

@@ -21,7 +21,13 @@ from compress.errors import DataError, UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class Derived:
-    """Images of the kind ``of``, read from ``root`` with its own ``options``."""
+    """Images of the kind ``of``, read from ``root`` with its own ``options``.
+
+    Args:
+        of: Kind of the data that the images come from.
+        options: Options of that kind.
+        seed: Of what is drawn at random.
+    """
 
     of: str = "images"
     root: str | None = None
@@ -64,6 +70,10 @@ class Degraded(Derived):
     ``scale`` times smaller (bicubic, antialiased) and with Gaussian noise of ``noise`` of 255 grey
     levels, the same each time an image is read. ``image_size`` is that of the input. Targets are
     (C, H, W) in [0, 1].
+
+    Args:
+        scale: How many times smaller the input is, each side.
+        noise: Standard deviation of the noise, grey levels of 255.
     """
 
     scale: int = 2

@@ -19,6 +19,10 @@ class Huggingface(ItemPictures):
     ``image`` and ``label`` name its columns; if absent, the column of pictures, and the column of
     class labels, or one called label. A set without a test or validation split has ``test`` held
     back, by seed.
+
+    Args:
+        image: Column of the pictures.
+        label: Column of the labels.
     """
 
     image: str | None = None

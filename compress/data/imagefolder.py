@@ -30,6 +30,10 @@ class Imagefolder(Pictures):
     With both a validation and a test folder the first is used to choose, the second to judge; with
     one of them that one is the test set. Of a folder that holds the classes themselves, ``test`` of
     each class is held back by seed. Sets that fit in 1 GiB once decoded are kept in memory.
+
+    Args:
+        test: Share of the images that is held back to test on, where none are set apart.
+        seed: Of what is held back.
     """
 
     root: str

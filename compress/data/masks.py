@@ -32,6 +32,11 @@ class Masks(Pictures):
     the classes in order; they are counted if absent. ``values`` are the classes' numbers in the
     files, in the order of ``classes``, where those are not 0, 1, 2, ...: black and white masks of
     two classes have ``values: [0, 255], void: null``.
+
+    Args:
+        classes: Their names, in order; numbers if absent.
+        void: Value of pixels that count for nothing; null: there is none.
+        values: Numbers of the classes in the files; 0, 1, 2, ... if absent.
     """
 
     root: str

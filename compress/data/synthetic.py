@@ -39,6 +39,11 @@ class Synthetic:
     is measured on them tells little of real images. ``mean`` and ``std`` bound the values that a
     pixel can have. A network whose BatchNorm was folded into its convolutions has nothing to match.
 
+    Args:
+        images: How many are made.
+        steps: Steps of the optimization of each batch.
+        seed: Of the noise.
+
     Source: ZeroQ, Cai et al., CVPR 2020; DeepInversion, Yin et al., CVPR 2020.
     """
 

@@ -19,6 +19,9 @@ class Unseen(Derived):
     For embeddings, which are judged on classes that they were not trained on. ``of`` is the kind of
     data with one class an image. Validation images, where that kind has them, and those taken from
     train are of learned classes.
+
+    Args:
+        held_back: Classes that are tested on.
     """
 
     of: str = "imagefolder"

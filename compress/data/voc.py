@@ -25,6 +25,10 @@ class Voc(BoxedPictures):
     "masks" (SegmentationClass, with the lists of ImageSets/Segmentation). The lists train, val and
     test are the splits; objects marked difficult need not be found. The images of ``split``
     (train, or trainval) are trained on.
+
+    Args:
+        split: List of the images that are trained on: train or trainval.
+        labels: What is read: boxes, classes (which are in an image) or masks.
     """
 
     root: str

@@ -87,7 +87,7 @@ def _refuse(problems: Sequence[str], where: str) -> None:
 def _problems(recipe: Recipe) -> Iterator[str]:
     yield from _complaint("model.name", partial(check_model, recipe.model.name))
     yield from _missing_weights("model.weights", recipe.model.weights)
-    for key in ("weights", "num_classes") if models.is_onnx(recipe.model.name) else ():
+    for key in ("weights", "num_classes") if _is_onnx_file(recipe) else ():
         if getattr(recipe.model, key) is not None:
             yield (
                 f"model.{key}: changes nothing in the ONNX file {recipe.model.name}, which holds "
@@ -112,9 +112,14 @@ def _problems(recipe: Recipe) -> Iterator[str]:
         yield from _complaint(f"targets[{number}]", partial(_check_target, target))
 
 
+def _is_onnx_file(recipe: Recipe) -> bool:
+    """Return whether the network is an ONNX file that is there; of others that alone is said."""
+    return models.is_onnx(recipe.model.name) and Path(recipe.model.name).is_file()
+
+
 def _stage_problems(recipe: Recipe, stage: Stage, place: str) -> Iterator[str]:
     """Yield what is wrong with the names in a stage, and what it asks of an ONNX file."""
-    if models.is_onnx(recipe.model.name) and stage.quantize is None:
+    if _is_onnx_file(recipe) and stage.quantize is None:
         yield (
             f"{place}: needs a network whose weights PyTorch can change; model.name is the ONNX "
             f"file {recipe.model.name}. Give the network that it was exported from; an ONNX file "

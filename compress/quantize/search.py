@@ -363,7 +363,7 @@ def _kept(is_kept: bool) -> str:
 def _told(found: Closeness) -> str:
     """Return the SQNR of one output, or of the weakest and of all together, for people to read."""
     together = sqnr_text(mean_db(found.each_db))
-    if len(found.each_db) > 1:
+    if len(found.each_db) > 1 and not math.isnan(mean_db(found.each_db)):
         together = f"weakest output {sqnr_text(weakest_db(found.each_db))}, all together {together}"
     typical = "" if math.isnan(found.mean_db) else f", a typical image {found.mean_db:.2f} dB"
     return f"{together}{typical}"

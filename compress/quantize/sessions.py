@@ -320,7 +320,7 @@ def weakest_db(values: Sequence[float]) -> float:
 def sqnr_text(value_db: float) -> str:
     """Return an SQNR for people to read."""
     if math.isnan(value_db):
-        return "undefined SQNR: constant on these images"
+        return "no SQNR (the same for all these images)"
     return f"{value_db:.2f} dB"
 
 

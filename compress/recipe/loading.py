@@ -29,6 +29,15 @@ MOST_BRACKETS = 2000
 MOST_VALUES = 100_000  # of a recipe with its aliases written out
 TRACKERS = ("tensorboard", "mlflow")
 TYPE_NAMES = {"str", "int", "float", "bool", "constrained-int", "constrained-float"}
+FORMS = {  # by how pydantic's names of errors begin
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "text",
+    "list": "a list, [VALUE, ...]",
+    "tuple": "a list, [VALUE, ...]",
+    "dict": "a mapping, {KEY: VALUE}",
+}
 PLUGIN_KEYS = {
     "criterion": "criteria",
     "losses": "losses",
@@ -328,7 +337,8 @@ def explained_problems(errors: Sequence[ErrorDetails]) -> Iterator[str]:
         if not right_type and any(other.startswith((f"{path}[", f"{path}.")) for other in found):
             continue  # another form fits, but for a part of it
         if right_type or len(forms) == 1:
-            yield _explain(path, (right_type or forms)[0])
+            nearest = min(right_type or forms, key=lambda each: each["type"] == "literal_error")
+            yield _explain(path, nearest, [each["type"] for each in forms])
         else:
             text = _followed(forms[0]["loc"])[1]
             expected = f"Expected: {text}." if text else ""
@@ -357,7 +367,8 @@ def _followed(location: Iterable[int | str]) -> tuple[list[int | str], str, type
     return kept, text, model
 
 
-def _explain(path: str, details: ErrorDetails) -> str:
+def _explain(path: str, details: ErrorDetails, forms: Iterable[str]) -> str:
+    """Return what is wrong with a value, which may have ``forms``, of which it has none."""
     value = details["input"]
     if details["type"] == "extra_forbidden":
         known = sorted((_followed(details["loc"][:-1])[2] or Recipe).model_fields)
@@ -370,10 +381,12 @@ def _explain(path: str, details: ErrorDetails) -> str:
         told: str = details["ctx"]["expected"]
         choices = [part.strip(" '") for part in told.replace(" or ", ", ").split(",")]
         hint = did_you_mean(str(value), choices) or "."
+        others = (FORMS.get(form.partition("_")[0]) for form in forms)
+        told = " or ".join(dict.fromkeys((told, *filter(None, others))))
         return f"{path}: {value!r} is none of the choices{hint} Known: {told}."
     message = details["msg"].removeprefix("Value error, ")
     message = re.sub(r"a valid dictionary or instance of \w+", "a mapping, {KEY: VALUE}", message)
-    for pythons, ours in (("tuple", "list"), ("dictionary", "mapping")):
+    for pythons, ours in (("tuple", "list, [VALUE, ...]"), ("dictionary", "mapping")):
         message = message.replace(f"a valid {pythons}", f"a {ours}")
     shown = "" if isinstance(value, (dict, list)) or details["type"] == "value_error" else value
     return f"{path}: {f'{shown!r}: ' if shown != '' else ''}{message}."

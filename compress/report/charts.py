@@ -58,16 +58,28 @@ class Scale:
 
 
 def scale(
-    values: Iterable[float], start: float, end: float, *, is_log: bool = False, margin: float = 0.08
+    values: Iterable[float],
+    start: float,
+    end: float,
+    *,
+    is_log: bool = False,
+    margin: float = 0.08,
+    most: float = math.inf,
 ) -> Scale:
-    """Return a scale that holds ``values`` with some margin; logarithmic only if all are > 0."""
+    """Return a scale that holds ``values`` with some margin; logarithmic only if all are > 0.
+
+    No value can be above ``most``: the scale ends there, but for the margin.
+    """
     finite = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
     low, high = min(finite), max(finite)
+    if low == high == 0:  # an mAP of a network that finds nothing: never below
+        high = 1.0
     if is_log and low > 0:
         room = (high / low) ** margin if high > low else 1.5
         return Scale(low / room, high * room, start, end, is_log=True)
-    room = (high - low) * margin if high > low else abs(high) * 0.1 or 1.0
-    return Scale(low - room, high + room, start, end)
+    room = (high - low) * margin if high > low else abs(high) * 0.1
+    low -= room
+    return Scale(low, min(high + room, max(high, most + (most - low) * margin)), start, end)
 
 
 @dataclass(frozen=True)
@@ -131,7 +143,8 @@ def scatter(dots: Sequence[Dot], size: tuple[float, float] = WIDE) -> Scatter:
     left, top, right, bottom = 52.0, 24.0, size[0] - 14, size[1] - 42
     wide = max(d.x for d in dots) > 6 * min(d.x for d in dots) > 0
     across = scale((v for d in dots for v in (d.x, *(d.x_ci or ()))), left, right, is_log=wide)
-    upright = scale((v for d in dots for v in (d.y, *(d.y_ci or ()))), bottom, top)
+    most = 100.0 if dots[0].y_label.endswith("%") else math.inf
+    upright = scale((v for d in dots for v in (d.y, *(d.y_ci or ()))), bottom, top, most=most)
     best = pareto(dots)
     placed = _labelled(
         [
@@ -355,7 +368,8 @@ def lines(curve: Curve, size: tuple[float, float] = LINES_WIDE) -> Lines | None:
     room = min(LETTER * longest + 12, size[0] * 0.34)
     left, top, right, bottom = 52.0, 24.0, size[0] - room, size[1] - 42
     across = scale((x for line in drawn for x in line.x), left, right, margin=0.0)
-    upright = scale((y for line in drawn for y in line.y), bottom, top)
+    most = 100.0 if curve.y_label.endswith("%") else math.inf
+    upright = scale((y for line in drawn for y in line.y), bottom, top, most=most)
     if len(drawn) > FOREMOST:
         drawn = sorted(drawn, key=lambda line: min(line.y))
     ends = [(across(line.x[-1]), upright(line.y[-1])) for line in drawn]

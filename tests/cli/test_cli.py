@@ -163,6 +163,10 @@ def test_show_prints_documentation_and_options(compress):
     assert code == 0
     assert "Arrays in a NumPy archive" in out
     assert "root: required (text)" in out
+    code, out, _ = compress("show", "losses/kd")
+    assert out.count("Logits are divided by it") == 1
+    assert "\n  temperature: 4.0 (a number) Logits are divided by it; higher shows more" in out
+    assert "Args:" not in out
     code, out, _ = compress("show", "data/masks")
     assert (code, "values: null (a list or null)" in out) == (0, True)
 

@@ -192,6 +192,13 @@ def test_an_onnx_file_is_not_trained_and_the_message_names_it(here, compress, co
     assert not Path("runs").exists()
 
 
+def test_of_an_onnx_file_that_is_absent_only_that_is_said(here, compress):
+    code, _, err = compress("prune", "net.onnx", "--data", "digits", "--num-classes", "3")
+    assert code == 2
+    (line,) = err.splitlines()
+    assert "net.onnx: no such file" in line
+
+
 def test_a_corrected_command_goes_on_in_the_same_folder(here, compress):
     exported()
     command = ["quantize", "1-10.onnx", "--data", "digits", "--samples", "16", "--out", "q"]

@@ -76,11 +76,14 @@ def test_an_output_that_is_constant_has_no_sqnr(tmp_path):
     s.op("Mul", ["logits", s.constant("zero", np.float32(0))], "nothing")
     model = s.model(["nothing"])
     plan = quantized(model, [images(two_layers().model(), 16)], tmp_path)
-    assert plan.notes[0] == "mse ranges: undefined SQNR: constant on these images"
+    assert plan.notes[0] == "mse ranges: no SQNR (the same for all these images)"
+    s.op("Neg", ["nothing"], "either")
+    plan = quantized(s.model(["nothing", "either"]), [images(model, 16)], tmp_path)
+    assert plan.notes[0] == "mse ranges: no SQNR (the same for all these images)"
     both = s.model(["logits", "nothing"])
     plan = quantized(both, [images(two_layers().model(), 16)], tmp_path)
     (told,) = [note for note in plan.notes if note.startswith("SQNR by output")]
-    assert told.endswith("nothing undefined SQNR: constant on these images")
+    assert told.endswith("nothing no SQNR (the same for all these images)")
     assert "300" not in " ".join(plan.notes)
 
 

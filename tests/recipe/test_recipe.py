@@ -202,6 +202,31 @@ def test_a_wrong_optimizer_is_one_problem(write):
     assert ".lr" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            "stages: [prune: {keep_macs: 0.5, round_to: atuo}]",
+            "round_to: 'atuo' is none of the choices. Did you mean 'auto'? Known: 'auto' or a "
+            "whole number.",
+        ),
+        (
+            "stages: [prune: {keep_macs: 0.5, round_to: 0}]",
+            "round_to: 0: Input should be greater than or equal to 1.",
+        ),
+        ("data: {name: digits, channels: 2}", "channels: 2 is none of the choices. Known: 1 or 3."),
+        ("stages: prune", "stages: 'prune': Input should be a list, [VALUE, ...]."),
+        ("stages: {prune: {keep_macs: 0.5}}", "stages: Input should be a list, [VALUE, ...]."),
+    ],
+)
+def test_every_form_that_a_value_may_have_is_told(write, change, message):
+    key = change.partition(":")[0]
+    kept = [line for line in NO_STAGE.splitlines() if not line.startswith(key)]
+    with pytest.raises(RecipeError) as error:
+        loading.load_recipe(write("\n".join([*kept, change])))
+    assert str(error.value).endswith(message)
+
+
 def test_a_tracker_is_told_to_every_training_and_to_nothing_else(write):
     stages = """stages:
   - prune: {keep_macs: 0.5, round_training: {epochs: 1}}

@@ -79,6 +79,15 @@ def test_a_logarithmic_scale_puts_equal_ratios_at_equal_distances():
     assert [text for _, text in along.ticks()] == ["1", "2", "5", "10", "20", "50", "100"]
 
 
+@pytest.mark.parametrize("value", [0.0, 100.0])
+def test_an_axis_of_percent_ends_at_0_and_100_where_all_are_alike(value):
+    dots = [Dot(name, name, x, value) for name, x in (("original", 2.0), ("pruned", 1.0))]
+    told = [float(text.replace("−", "-")) for _, text in scatter(dots).y_ticks]
+    assert value in told
+    assert min(told) >= 0
+    assert max(told) <= 100
+
+
 def test_labels_of_a_crowded_chart_do_not_cover_each_other():
     rng = np.random.default_rng(0)
     dots = [Dot(f"variant-{n}", f"variant-{n}", *rng.uniform(1, 1.3, 2)) for n in range(25)]

@@ -766,6 +766,25 @@ def test_detectors_that_find_nothing_agree_on_nothing():
     assert evaluated(one, one).change_row(evaluated(one, empty))["agreement_pct"] == 50
 
 
+def test_unlabelled_detectors_that_find_nothing_agree_on_nothing():
+    task = load_task({"fidelity": {"of": "detection"}}, classes=("a",))
+    boxes = np.array([[32.0, 32, 20, 20, 0.9], [9, 9, 6, 6, 0.1]], np.float32).T  # (4 + 1, 2)
+    one, empty = {"output": boxes}, {"output": boxes * [[1], [1], [1], [1], [0.2]]}
+
+    def evaluated(*predictions):
+        return Evaluation(task, predictions, [{} for _ in predictions])
+
+    alike = evaluated(empty, empty).change_row(evaluated(empty, empty))
+    assert "agreement_pct" not in alike
+    assert alike["skipped"] == {"agreement_pct": "neither network finds anything in any image"}
+    assert evaluated(one, empty).change_row(evaluated(one, empty))["agreement_pct"] == 100
+    assert evaluated(one, one).change_row(evaluated(one, empty))["agreement_pct"] == 50
+
+
+def test_outputs_without_a_task_always_have_something_to_agree_on():
+    assert load_task("fidelity").finds({"output": np.zeros(3)})
+
+
 def test_a_detector_agrees_with_itself_where_a_box_has_no_area():
     task = load_task("detection", classes=("a",))
     boxes = np.array([[5, 30, 25, 50], [40, 30, 40, 50]], np.float32)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from compress import artifact, progress, report
+from compress import artifact, plugins, progress, report
 from compress.errors import CompressError, RunError, boundary
 from compress.pipeline import cautions
 from compress.pipeline.check import preflight, prepared_data, try_network
@@ -118,7 +118,9 @@ def opened_run(
                 progress.warn(line)
         chosen = placed
         if processes.is_main:
-            RunFolder.open(root, chosen, fresh=fresh)
+            kind = plugins.plugin_class("data", chosen.data.name)
+            images = "" if hasattr(kind, "of_network") else dataset.fingerprint
+            RunFolder.open(root, chosen, fresh=fresh, images=images)
         processes.wait()
         progress.say(dataset.summary())
         for line in (*cautions.of_training(chosen, dataset), *cautions.of_data(dataset)):

@@ -35,12 +35,15 @@ def drawn_changes(
     """Return the images on which two networks agree least, with both predictions drawn.
 
     Images on which they agree wholly are left out, but for the first two where there are no others.
+    On one in which neither finds anything there is nothing to agree on: the last to be drawn.
     """
     task = context.task
     if type(task).draw is Task.draw or getattr(task, "inner", task) is None:
         return ()  # its predictions are no pictures
     pairs = list(zip(reference.predictions, candidate.predictions, strict=True))
-    agreements = np.array([task.agreement(*pair) for pair in pairs])
+    agreements = np.array(
+        [task.agreement(*pair) if any(map(task.finds, pair)) else np.nan for pair in pairs]
+    )
     found = []
     count = int((agreements < ALIKE).sum()) if task.agreement_unit == "pct" else MOST
     for index in np.argsort(agreements, kind="stable")[: min(count or LEAST, MOST)].tolist():
@@ -58,7 +61,7 @@ def drawn_changes(
                 index=index,
                 variant=place[0],
                 runtime=place[1],
-                agreement=float(agreements[index]),
+                agreement=None if np.isnan(agreements[index]) else float(agreements[index]),
                 unit=task.agreement_unit,
                 truth=None if truth is None else _png(task.draw(picture, truth)),
                 before=_png(task.draw(picture, before)),

@@ -35,7 +35,9 @@ class RunFolder:
     root: Path
 
     @classmethod
-    def open(cls, root: Path, recipe: Recipe, *, fresh: bool = False) -> RunFolder:
+    def open(
+        cls, root: Path, recipe: Recipe, *, fresh: bool = False, images: str = ""
+    ) -> RunFolder:
         """Return the folder of a run of ``recipe``, new or continued.
 
         Files that a killed run had not finished are removed. The caller holds the folder's lock.
@@ -45,28 +47,34 @@ class RunFolder:
             recipe: What is run. A folder that was begun with another recipe is refused, unless
                 they differ only in stages that have left nothing in it yet.
             fresh: Start over: what an earlier run of any recipe left there is removed.
+            images: Fingerprint of the data; unknown if empty.
 
         Raises:
             RunError: the folder belongs to another recipe, holds something that is no run, lacks
-                files of finished stages, or has a name that no runtime can be told.
+                files of finished stages, which may be of other images, or has a name that no
+                runtime can be told.
         """
         folder = cls(root)
         folder.check(recipe, fresh=fresh)
         begun = (root / RUN_FILE).is_file()
+        if begun and not fresh:
+            folder._check_images(images)
         artifact.remove_temporaries(root)
         if begun and fresh:
             folder._clear()
         wanted = to_json(recipe)
         written = root / RECIPE_FILE
+        seen = {"images": images} if images else {}
         if begun and not fresh:
-            if _completed(folder.description()["recipe"]) == wanted:
+            before = folder.description()
+            if _completed(before["recipe"]) == wanted and before == before | seen:
                 if not written.is_file():  # it was killed between the two
                     artifact.write_text(written, dump(recipe))
                 return folder
-            description = folder.description() | {"recipe": wanted}
+            description = before | {"recipe": wanted} | seen
         else:
             now = datetime.now(UTC).isoformat(timespec="seconds")
-            description = {"created": now, "recipe": wanted, "artifacts": []}
+            description = {"created": now, "recipe": wanted, "artifacts": []} | seen
         written.unlink(missing_ok=True)
         folder.write_description(description)
         artifact.write_text(written, dump(recipe))
@@ -141,6 +149,19 @@ class RunFolder:
                 f"the folder belongs to another recipe; these keys differ: {', '.join(changed)}",
                 where=str(self.root),
                 fix="Give another folder with --out, or start over with --fresh",
+            )
+
+    def _check_images(self, images: str) -> None:
+        """Refuse other images than those that finished stages were made with."""
+        before = self.description().get("images")
+        is_begun = any((stage / DONE_FILE).is_file() for stage in stage_folders(self.root))
+        if is_begun and before and images and before != images:
+            raise RunError(
+                "the images are no longer those that its finished stages were made with",
+                where=str(self.root),
+                expected=f"images with the fingerprint {before[:16]}; these have {images[:16]}",
+                fix="Put them back as they were, give another folder with --out, or start over "
+                "with --fresh",
             )
 
     def _check_files(self) -> None:

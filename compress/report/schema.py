@@ -442,7 +442,7 @@ class DrawnChange(Record):
     index: int
     variant: str
     runtime: str
-    agreement: float  # of the two predictions
+    agreement: float | None  # of the two predictions; None: neither finds anything
     unit: str
     before: Png
     after: Png

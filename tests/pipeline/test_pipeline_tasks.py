@@ -26,6 +26,8 @@ from compress.pipeline.report_images import drawn_changes
 from compress.pipeline.stages.prune import outputs_read
 from compress.recipe.loading import validate_recipe
 from compress.recipe.settings import AugmentSettings, PruneSettings, TrainSettings
+from compress.report.html import html
+from compress.report.schema import Details, Report
 from compress.tasks import load_task
 from compress.train import train
 
@@ -127,6 +129,27 @@ def test_images_on_which_nothing_changed_are_not_drawn_as_changed(root):
     assert drawn(after) == [3]
     assert drawn(before) == [0, 1]  # how it looks at all
     assert len(drawn([{"class_map": each["class_map"] + 1} for each in before])) == 6
+
+
+def test_where_neither_detector_finds_anything_no_agreement_is_told(root):
+    dataset = load_data(validate_recipe(content(root), where="test").data)
+    task = load_task("detection", classes=dataset.classes)
+    object.__setattr__(task, "kinds", {})  # nothing is wanted: the data has masks
+    context: Any = SimpleNamespace(task=task, dataset=dataset)
+    row = np.array([[4.0, 2, 12, 10, 0.9, 1]], np.float32)
+    one = task.predict({"output": row[None]})[0]
+    none = {name: value[:0] for name, value in one.items()}
+
+    def drawn(*found: dict[str, Any]) -> list[tuple[int, float | None]]:
+        pair: Any = [SimpleNamespace(predictions=found)] * 2
+        changes = drawn_changes(context, ("pruned", "onnxruntime"), *pair)
+        page = html(Report(details=Details(drawn=changes, tells_classes=False)))
+        told = sum(each.agreement is None for each in changes)
+        assert page.count("; neither network finds anything<") == told
+        return [(each.index, each.agreement) for each in changes]
+
+    assert drawn(none, none, none) == [(0, None), (1, None)]
+    assert drawn(none, none, one) == [(2, 100.0), (0, None)]
 
 
 @pytest.mark.parametrize("task", ["detection", {"fidelity": {"of": "detection"}}])

@@ -46,6 +46,21 @@ def test_a_run_whose_files_are_not_what_they_were_does_not_go_on(tmp_path, spoil
         folder.result(stage)
 
 
+def test_a_run_does_not_go_on_with_other_images(tmp_path):
+    folder = RunFolder.open(tmp_path, recipe())  # of before fingerprints were kept
+    RunFolder.open(tmp_path, recipe(), images="one")
+    RunFolder.open(tmp_path, recipe(), images="two")  # nothing is finished
+    folder.finish(folder.stage(1, "prune"), {}, [])
+    before = (tmp_path / "run.json").read_text()
+    for same in ("two", ""):
+        assert RunFolder.open(tmp_path, recipe(), images=same).description()["images"] == "two"
+    with pytest.raises(RunError, match=r"the images are no longer those .* fingerprint two; these"):
+        RunFolder.open(tmp_path, recipe(), images="three")
+    assert (tmp_path / "run.json").read_text() == before
+    fresh = RunFolder.open(tmp_path, recipe(), images="three", fresh=True)
+    assert fresh.description()["images"] == "three"
+
+
 def test_finishing_a_stage_again_replaces_its_files(tmp_path):
     folder = RunFolder.open(tmp_path, recipe())
     stage = folder.stage(1, "prune")

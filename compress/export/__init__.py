@@ -34,7 +34,7 @@ LARGEST_SINGLE_FILE = 2**31 - 2**24  # bytes of weights; protobuf ends at 2 GiB
 @with_gradients()
 def export_onnx(  # noqa: PLR0913 - the published signature; each option stands alone
     model: nn.Module,
-    example_input: Tensor | tuple[Tensor, ...] | Mapping[str, Tensor],
+    example_input: Tensor | tuple[Any, ...] | Mapping[str, Any],
     path: str | Path,
     *,
     opset: int | None = None,
@@ -60,7 +60,7 @@ def export_onnx(  # noqa: PLR0913 - the published signature; each option stands 
         model: In any mode, on any device, in a wrapper or not; left as found: copies run. Exported
             in eval mode and fp32.
         example_input: What ``model`` takes, each with the batch first: (B, C, H, W), normalized;
-            or the shape of one input.
+            or the shape of one input. Numbers, flags and texts among them are fixed in the graph.
         path: File to write. Networks over 2 GB put their weights beside it, in ``NAME.data``.
         opset: ONNX operator set; 20 if absent, which every supported runtime reads.
         dynamic_batch: Whether the batch is a free dimension of the graph; else the example's.
@@ -88,6 +88,7 @@ def export_onnx(  # noqa: PLR0913 - the published signature; each option stands 
     try:
         module = conversion.frozen_copy(model, as_places(outputs))
         example = conversion.Example.of(example_input)
+        example.fix_settings(module)
         free = Free(dynamic_batch, dynamic_size)
         program = conversion.convert(module, example, opset, free)
         facts = dict(metadata or {}) | {"weights_sha256": weights_sha256(module)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import io
 import itertools
 import logging
@@ -11,7 +12,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import onnx_ir as ir
@@ -38,15 +39,20 @@ class Example:
 
     args: tuple[Tensor, ...]
     kwargs: dict[str, Tensor]
+    settings: dict[int | str, Any] = field(default_factory=dict)  # by position in a call, or name
 
     @classmethod
-    def of(cls, given: Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]) -> Example:
-        """Return ``given`` as an Example on the CPU, in fp32.
+    def of(cls, given: Any) -> Example:
+        """Return ``given`` as an Example on the CPU, in fp32; numbers, flags, texts are settings.
 
         Raises:
-            ExportError: it holds something that is no tensor with a batch dimension.
+            ExportError: it holds something else that is no tensor with a batch dimension.
         """
         args, kwargs = call_inputs(given)
+        every: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+        settings = {k: v for k, v in every.items() if isinstance(v, int | float | str | None)}
+        args = tuple(v for at, v in enumerate(args) if at not in settings)
+        kwargs = {name: v for name, v in kwargs.items() if name not in settings}
         for tensor in (*args, *kwargs.values()):
             if not isinstance(tensor, Tensor) or tensor.dim() == 0 or not tensor.numel():
                 is_tensor = isinstance(tensor, Tensor)
@@ -57,7 +63,8 @@ class Example:
                     f"the example input holds a {kind}",
                     expected="tensors whose first dimension is the batch, as in (1, 3, 224, 224)",
                 )
-        return cls(tuple(map(_plain, args)), {key: _plain(t) for key, t in kwargs.items()})
+        kwargs = {key: _plain(t) for key, t in kwargs.items()}
+        return cls(tuple(map(_plain, args)), kwargs, settings)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -73,7 +80,14 @@ class Example:
     def replaced(self, tensors: tuple[Tensor, ...]) -> Example:
         """Return this example with other values, in the same order."""
         count = len(self.args)
-        return Example(tensors[:count], dict(zip(self.kwargs, tensors[count:], strict=True)))
+        kwargs = dict(zip(self.kwargs, tensors[count:], strict=True))
+        return Example(tensors[:count], kwargs, self.settings)
+
+    def fix_settings(self, module: nn.Module) -> None:
+        """Let ``module`` run with these settings whenever it is given the tensors alone."""
+        if self.settings:
+            fill = functools.partial(_filled, self.settings)
+            module.register_forward_pre_hook(fill, with_kwargs=True)
 
     def of_batch(self, size: int) -> Example:
         """Return this example repeated or cut to ``size`` rows."""
@@ -116,6 +130,15 @@ def frozen_copy(model: nn.Module, outputs: Sequence[str] | None = None) -> nn.Mo
     return twin.cpu().float().requires_grad_(False)
 
 
+def _filled(
+    settings: Mapping[int | str, Any], _module: nn.Module, args: Sequence[Any], kwargs: Any
+) -> Any:
+    """Return the arguments of a call with the settings among the tensors."""
+    tensors, named = iter(args), {k: v for k, v in settings.items() if isinstance(k, str)}
+    places = range(len(args) + len(settings) - len(named))
+    return tuple(settings[i] if i in settings else next(tensors) for i in places), kwargs | named
+
+
 @dataclass(frozen=True)
 class Free:
     """Which sizes of the inputs are free dimensions of the graph."""
@@ -152,11 +175,11 @@ def convert(module: nn.Module, example: Example, opset: int, free: Free) -> torc
         answer = without_traces(module)(*example.args, **example.kwargs)
     names, order = _outputs(answer)
     module = without_traces(module)  # what tracing caches on it has no values
-    if not _is_plain(answer):
+    if example.settings or not _is_plain(answer):
         module = _Flat(module)
         if shapes is not None:  # of a forward that takes *args and **kwargs
             shapes = {"kwargs" if isinstance(shapes, dict) else "args": shapes}
-    with _quiet(), _normalizing_unasked(), _AsRuntimesRead():
+    with _quiet(), _transforms_unasked(), _AsRuntimesRead():
         try:
             program = torch.onnx.export(
                 module,
@@ -326,20 +349,25 @@ _WRITTEN: dict[Any, Callable[..., Tensor]] = {
 
 
 @contextlib.contextmanager
-def _normalizing_unasked() -> Iterator[None]:
-    """Let torchvision normalize without asking whether a tensor holds a zero: no trace can say.
+def _transforms_unasked() -> Iterator[None]:
+    """Let torchvision's transforms run without questions to values, which no trace can answer.
 
-    The dry run before the trace has asked.
+    It asks whether a tensor holds a zero before it normalizes (the dry run before the trace has
+    asked), and draws the strength of a blur where both its ends are one.
     """
-    functional = sys.modules.get("torchvision.transforms._functional_tensor")
-    if functional is None:
-        yield
-        return
-    before, functional.normalize = functional.normalize, _normalize  # type: ignore[attr-defined]
+    before = []
+    for place, name, written in _UNASKED:
+        module, _, held = place.partition(":")
+        owner: Any = sys.modules.get(module)
+        owner = getattr(owner, held, None) if held else owner
+        if name in vars(owner or object):
+            before.append((owner, name, vars(owner)[name]))
+            setattr(owner, name, written(vars(owner)[name]))
     try:
         yield
     finally:
-        functional.normalize = before  # type: ignore[attr-defined]
+        for owner, name, kept in before:
+            setattr(owner, name, kept)
 
 
 def _normalize(tensor: Tensor, mean: Any, std: Any, inplace: bool = False) -> Tensor:
@@ -349,6 +377,30 @@ def _normalize(tensor: Tensor, mean: Any, std: Any, inplace: bool = False) -> Te
         for each in (mean, std)
     )
     return tensor.sub_(mean).div_(std) if inplace else tensor.sub(mean).div(std)
+
+
+def _drawn_between(draw: Any) -> Any:
+    """Return the draw of a number between two, which is one of them where both are the same."""
+    return staticmethod(lambda low, high: low if low == high else draw.__func__(low, high))
+
+
+def _blurred_by(make: Any) -> Any:
+    """Return what makes the numbers of a blur, none of them drawn where both ends are the same."""
+
+    def made(blur: Any, images: Any) -> dict[str, Any]:
+        low, high = blur.sigma
+        found: dict[str, Any] = {"sigma": [low, high]} if low == high else make(blur, images)
+        return found
+
+    return made
+
+
+_UNASKED: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
+    ("torchvision.transforms._functional_tensor", "normalize", lambda _: _normalize),
+    ("torchvision.transforms.transforms:GaussianBlur", "get_params", _drawn_between),
+    ("torchvision.transforms.v2._misc:GaussianBlur", "make_params", _blurred_by),
+    ("torchvision.transforms.v2._misc:GaussianBlur", "_get_params", _blurred_by),
+)
 
 
 def _is_plain(answer: Any) -> bool:
@@ -377,11 +429,16 @@ def _outputs(answer: Any) -> tuple[list[str], list[int]]:
     return names, order
 
 
+_SYMBOLIC = re.compile("Unsupported attribute type.*SymbolicTensor")
+
+
 def _cannot_trace(error: Exception, free: Free) -> ExportError:
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
     text = str(cause).strip()
+    if _SYMBOLIC.search(text):
+        text = "an option of an op (the groups of a convolution, say) depends on a size left free"
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(cause).__name__]
     user = re.findall(r'File "([^"]+)", line (\d+), in \w+\s*\n\s*(.+)', text)
     where = f"{user[-1][0]}:{user[-1][1]}: {user[-1][2].strip()}" if user else ""

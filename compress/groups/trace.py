@@ -22,6 +22,7 @@ from compress.groups.forward import (
     Key,
     MismatchError,
     TraceRecord,
+    Use,
     attributes_restored,
     batch_size,
     has_own_hooks,
@@ -227,8 +228,7 @@ class _Traced:
             shape, axes = self._shapes[use.weight], self._named[use.weight]
             macs[use.weight] = total = macs.get(use.weight, 0) + use.macs
             each = max(round(total / batch / math.prod(shape)), 1 if total else 0)
-            output, taken = _dim_of(axes, use.output, 0), _dim_of(axes, use.input, 1)
-            layers[use.weight] = Layer(shape, each, output, taken)
+            layers[use.weight] = Layer(shape, each, *_dims_of(axes, use))
         return layers
 
     def _network(self) -> Network:
@@ -320,8 +320,15 @@ def _constants(model: nn.Module) -> dict[str, Positions]:
     }
 
 
-def _dim_of(axes: Axes, axis: Any, default: int) -> int:
-    for dim, own in enumerate(axes):
-        if own is not None and own is axis:
-            return dim
-    return min(default, max(len(axes) - 1, 0))
+def _dims_of(axes: Axes, use: Use) -> tuple[int, int]:
+    """Return the dimensions of a weight that hold filters and inputs; those of size 1 have none."""
+    made, taken = (
+        next((dim for dim, own in enumerate(axes) if own is not None and own is axis), None)
+        for axis in (use.output, use.input)
+    )
+    last = max(len(axes) - 1, 0)
+    if made is None:
+        made = 1 if taken == 0 else 0
+    if taken is None:
+        taken = 0 if made == 1 else 1
+    return min(made, last), min(taken, last)

@@ -181,12 +181,12 @@ def _copy(model: nn.Module, tensor: Any) -> nn.Module:
         memo.setdefault(id(value), tensor(value.detach()))
     try:
         twin = copy.deepcopy(model, memo)
-    except (TypeError, RuntimeError, AttributeError) as error:
+    except Exception as error:  # noqa: BLE001 - whatever a class of the user's raises
         raise PlanError(
-            f"the network cannot be copied: {error}",
+            f"the network cannot be copied: {type(error).__name__}: {error}",
             where=_uncopied(model, memo),
             fix="Keep tensors, modules and plain values only (a dict's keys as a list; no locks, "
-            "files or handles)",
+            "files or handles; no dict whose __getattr__ raises KeyError, for AttributeError)",
         ) from None
     for module in twin.modules():
         wrapped = isinstance(module.__dict__.get("forward"), types.FunctionType)
@@ -207,7 +207,7 @@ def _uncopied(model: nn.Module, memo: dict[int, Any]) -> str:
             if key not in ("_parameters", "_buffers", "_modules"):
                 try:
                     copy.deepcopy(value, dict(memo))
-                except (TypeError, RuntimeError, AttributeError):
+                except Exception:  # noqa: BLE001 - whatever a class of the user's raises
                     return f"{whole}: {name}.{key}" if name else f"{whole}: {key}"
     return whole
 

@@ -13,8 +13,10 @@ import onnx_ir as ir
 import onnxruntime as ort  # noqa: TID253 - the oracle
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import transforms  # noqa: TID253 - as people call it in a forward
+from torchvision.transforms import v2  # noqa: TID253 - as above
 
 from compress.errors import CompressError, ExportError, UsageError
 from compress.export import (
@@ -281,7 +283,9 @@ def test_ends_that_do_not_fit_say_why(
         ends.attach(graph, preprocess, softmax=preprocess is None)
 
 
-@pytest.mark.parametrize("example", [torch.tensor(1.0), torch.zeros(0, 3), [torch.zeros(1, 3), 2]])
+@pytest.mark.parametrize(
+    "example", [torch.tensor(1.0), torch.zeros(0, 3), [torch.zeros(1, 3), [2]]]
+)
 def test_example_without_batch_is_refused(tmp_path: Path, example: object) -> None:
     with pytest.raises((ExportError, UsageError), match="example input"):
         export_onnx(nn.Identity(), example, tmp_path / "x.onnx")  # type: ignore[arg-type]
@@ -562,19 +566,88 @@ class Normalizes(nn.Module):
         transforms.Normalize([0.5], [0.2], inplace=True),
         transforms.Normalize(torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.1])),
         nn.Sequential(transforms.Resize(12), transforms.Normalize([0.5] * 3, [0.2] * 3)),
+        transforms.GaussianBlur(5, 1.5),
+        transforms.GaussianBlur((3, 5), (0.8, 0.8)),
+        v2.GaussianBlur(5, 1.5),
+        v2.Normalize([0.4, 0.5, 0.6], [0.2, 0.3, 0.1]),
     ],
-    ids=["lists", "in place", "tensors", "resized"],
+    ids=["lists", "in place", "tensors", "resized", "blur", "ends", "blur v2", "lists v2"],
 )
-def test_a_network_that_normalizes_through_torchvision_is_exported(
+def test_a_network_that_normalizes_or_blurs_through_torchvision_is_exported(
     tmp_path: Path, normalize: nn.Module
 ) -> None:
     model, images = Normalizes(normalize).eval(), torch.rand(3, 3, 16, 16)
-    before = transforms._functional_tensor.normalize
+    kinds = transforms._functional_tensor, transforms.GaussianBlur, v2.GaussianBlur
+    before = [dict(vars(kind)) for kind in kinds]
     file = export_onnx(model, images[:1], tmp_path / "net.onnx")
     answer = ort.InferenceSession(file).run(None, {"input": images.numpy()})[0]
     with torch.no_grad():
         np.testing.assert_allclose(answer, model(images.clone()).numpy(), atol=1e-5)
-    assert transforms._functional_tensor.normalize is before
+    assert [dict(vars(kind)) for kind in kinds] == before
+
+
+class Modulated(nn.Module):
+    """Its filters differ from image to image, as those of StyleGAN 2 do: a group for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(1, 4, 3, 3, 3))
+
+    def forward(self, images: Tensor) -> Tensor:
+        batch, channels, *size = images.shape
+        weight = self.weight * images.mean((2, 3))[:, None, :, None, None]
+        images = images.reshape(1, batch * channels, *size)
+        found = F.conv2d(images, weight.flatten(0, 1), padding=1, groups=batch)
+        return found.reshape(batch, 4, *size)
+
+
+def test_an_option_that_depends_on_the_batch_is_told_as_that(tmp_path: Path) -> None:
+    model, images = Modulated().eval(), torch.rand(2, 3, 8, 8)
+    with pytest.raises(ExportError, match=r"convolution.* depends on a size left free.*--fixed-"):
+        export_onnx(model, images, tmp_path / "net.onnx")
+    file = export_onnx(model, images, tmp_path / "net.onnx", dynamic_batch=False)
+    answer = ort.InferenceSession(file).run(None, {"input": images.numpy()})[0]
+    with torch.no_grad():
+        np.testing.assert_allclose(answer, model(images).numpy(), atol=1e-4)
+
+
+class Refines(nn.Module):
+    """It takes settings among its images, as networks for optical flow do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(6, 3, 3, padding=1)
+
+    def forward(self, left: Tensor, steps: int, right: Tensor, how: str = "no", bias=None):
+        for _ in range(steps):
+            left = self.conv(torch.cat([left, right], 1))
+        left = left if bias is None else left + bias
+        return {"image": left, "how": how} if how == "as dict" else left
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [((1, 2),), ((1, 3), (3, "as dict"), (4, 0.5)), (("steps", 2), ("how", "no"), ("bias", None))],
+)
+def test_settings_among_the_inputs_are_fixed_in_the_graph(tmp_path: Path, settings: tuple) -> None:
+    model, (left, right) = Refines().eval(), torch.rand(2, 3, 3, 8, 8)
+    if settings[0][0] == 1:
+        example = [left, right]
+        for place, value in settings:
+            example.insert(place, value)
+        with torch.no_grad():
+            expected = model(*example)
+        example = tuple(example)
+    else:
+        example = {"left": left, "right": right} | dict(settings)
+        with torch.no_grad():
+            expected = model(**example)
+    file = export_onnx(model, example, tmp_path / "net.onnx")
+    answer = ort.InferenceSession(file).run(
+        None, {"input_0": left.numpy(), "input_1": right.numpy()}
+    )
+    expected = expected["image"] if isinstance(expected, dict) else expected
+    np.testing.assert_allclose(answer[0], expected.numpy(), atol=1e-5)
 
 
 def test_a_division_by_zero_is_named(tmp_path: Path) -> None:

@@ -274,6 +274,25 @@ def test_what_a_network_keeps_from_an_earlier_image_freezes_nothing(step: float 
     torch.testing.assert_close(pruned(example), masked(example))
 
 
+class OneColumn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3)) @ self.weight
+
+
+@pytest.mark.parametrize("last", [nn.ConvTranspose2d(8, 1, 2, 2), OneColumn()])
+def test_a_weight_of_one_filter_in_its_second_dimension_takes_and_makes_none(
+    last: nn.Module,
+) -> None:
+    network = trace(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), last), (1, 3, 8, 8))
+    assert network.frozen == {"2": "it has a single output channel"}
+    roles = {part.tensor: part.role for part in network.groups[0].slices}
+    assert roles == {"0.weight": "output", "0.bias": "channel", "2.weight": "input"}
+
+
 def test_a_network_without_anything_to_cut_says_why() -> None:
     with pytest.raises(PlanError, match=r"nothing in this network can be cut.*0: its channels are"):
         trace(nn.Sequential(nn.Conv2d(3, 8, 3)), torch.zeros(1, 3, 8, 8))

@@ -210,10 +210,18 @@ def test_a_copy_is_what_deepcopy_makes_but_for_its_tensors(build, copied):
     assert list(twin.state_dict()) == list(wanted.state_dict())
 
 
-def test_what_cannot_be_copied_is_named():
+class Settings(dict):
+    __getattr__ = dict.__getitem__
+
+
+@pytest.mark.parametrize(
+    ("held", "why"), [({}.keys, "TypeError"), (Settings, "KeyError: '__deepcopy__'")]
+)
+def test_what_cannot_be_copied_is_named(held, why):
     model = Listing()
-    model.first[0].keys = {"a": 1}.keys()
-    with pytest.raises(PlanError, match=r"Listing: first\.0\.keys: the network cannot be copied"):
+    model.first[0].kept = held()
+    what = rf"Listing: first\.0\.kept: the network cannot be copied: {why}"
+    with pytest.raises(PlanError, match=what):
         full_copy(model)
 
 

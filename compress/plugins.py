@@ -179,7 +179,7 @@ def _typed(kind: str, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     return typed
 
 
-def described(kind: str, name: str) -> tuple[str, dict[str, str]]:
+def documented(kind: str, name: str) -> tuple[str, dict[str, str]]:
     """Return a plug-in's docstring but for its section "Args", and what each option means.
 
     What its class does not say of an option, a class says that it is derived from.

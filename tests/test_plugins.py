@@ -22,7 +22,7 @@ def test_every_plugin_is_documented_and_named_after_its_file(kind, name):
 
 @pytest.mark.parametrize("name", plugins.names("data"))
 def test_every_option_of_a_kind_of_data_is_described(name):
-    _, told = plugins.described("data", name)
+    _, told = plugins.documented("data", name)
     known = set(plugins.options("data", name))
     assert set(told) <= known
     assert known - set(told) - set(DataSettings.model_fields) == set()

@@ -79,7 +79,7 @@ def show(
 
 
 def _plugin(kind: str, name: str) -> str:
-    text, told = plugins.described(kind, name)
+    text, told = plugins.documented(kind, name)
     if kind == "data":
         told = _of_all_data() | told
     lines = [text, "", "Options:"]

@@ -92,7 +92,10 @@ SIZE = "Expected: Side of the network's input, or height and width, pixels."
             {"targets": ["openvino"]},
             ["r: targets[0]: 'openvino': Input should be a mapping, {KEY: VALUE}."],
         ),
-        ({"data": {"name": "digits", "mean": 0}}, ["r: data.mean: 0: Input should be a list."]),
+        (
+            {"data": {"name": "digits", "mean": 0}},
+            ["r: data.mean: 0: Input should be a list, [VALUE, ...]."],
+        ),
         (
             {"stages": [{"prune": {"keep_channels": {"conv1": 2}}}]},
             ["r: stages[0].prune.keep_channels.conv1: 2: Input should be less than or equal to 1."],

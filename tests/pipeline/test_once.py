@@ -9,8 +9,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from compress import artifact
-from compress.evaluate import evaluation
+from compress import artifact, evaluate
 from compress.graph import files
 
 RECIPE = {
@@ -53,7 +52,7 @@ def test_a_run_does_each_thing_once(compress, counted, monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "_probe", lambda *_: probed)  # a process for each is slow
     hashed = counted(hashlib, "file_digest", lambda file: file.name)
     parsed = counted(files, "_parse", str)
-    judged = counted(evaluation, "accuracy", lambda _: "accuracy")
+    judged = counted(evaluate, "accuracy", lambda _: "accuracy")
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "run"
     recipe.write_text(yaml.safe_dump(RECIPE))
     code, _, err = compress("run", recipe, "--out", out)

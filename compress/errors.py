@@ -231,6 +231,12 @@ def absence(path: str | Path, wanted: str = "file") -> str:
             for each in itertools.islice(path.parent.iterdir(), MOST_NEIGHBOURS)
             if wanted != "folder" or each.is_dir()
         ]
-    stems = {each.stem: each for each in beside}  # endings make all names alike
+    kind = path.suffix  # a network's program is not meant by the name of its weights
+    alike = [each for each in beside if not kind or _likeness(each.suffix, kind) > 0.5]
+    stems = {each.stem: each for each in alike}  # endings make all names alike
     close = difflib.get_close_matches(path.stem, stems, n=1, cutoff=0.7)
     return f"no such {wanted}" + (f". Did you mean {str(stems[close[0]])!r}?" if close else "")
+
+
+def _likeness(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()

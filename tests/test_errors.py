@@ -73,6 +73,7 @@ def test_reasons_of_libraries_name_no_place_in_their_source(told, reason):
     [
         ("phtos", "folder", "no such folder. Did you mean '{}/photos'?"),
         ("net.pyy", "file", "no such file. Did you mean '{}/net.py'?"),
+        ("net.xml", "file", "no such file"),
         ("ent.onnx", "file", "no such file"),  # its ending is all that it shares
         ("nt.py", "folder", "no such folder"),
         ("photos", "file", "is a folder, not a file"),

@@ -18,7 +18,7 @@ from compress.data._images import FileImages, MemoryImages, Names, Subset
 from compress.data._pictures import Fit
 from compress.errors import DataError, EngineError
 from compress.pipeline import cautions, reporting
-from compress.pipeline.cautions import overlap
+from compress.pipeline.overlap import overlap
 from compress.recipe.settings import Gates
 from compress.report.schema import Result, Variant
 from compress.runtimes import onnxruntime as ort_runtime

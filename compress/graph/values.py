@@ -48,7 +48,7 @@ class EditableGraph:
 
     def add_constant(self, hint: str, array: Array) -> ir.Value:
         """Add an initializer named after ``hint``."""
-        return self._initializer(self._free(hint), array)
+        return self._initializer(self.free_name(hint), array)
 
     def set_constant(self, value: ir.Value, array: Array) -> None:
         """Give a constant another value, or a computed value a constant in its place."""
@@ -82,8 +82,8 @@ class EditableGraph:
         **attributes: Any,
     ) -> list[ir.Value]:
         """Add a node with one output for each of ``hints``, as ``add`` does, and return them."""
-        outputs = [ir.Value(name=self._free(hint)) for hint in hints]
-        own = outputs[0].name if name is None else self._free(name)
+        outputs = [ir.Value(name=self.free_name(hint)) for hint in hints]
+        own = outputs[0].name if name is None else self.free_name(name)
         self.body.append(ir.node(op, inputs, attributes, outputs=outputs, name=own))
         return outputs
 
@@ -119,7 +119,7 @@ class EditableGraph:
     def hand_over(self, old: ir.Value, new: ir.Value, hint: str) -> None:
         """Make ``new`` the graph output that ``old`` is; ``old`` is named after ``hint``."""
         self.body.outputs[self.body.outputs.index(old)] = new
-        name, old.name = old.name, self._free(hint)
+        name, old.name = old.name, self.free_name(hint)
         new.name, new.shape, new.type = name, old.shape, old.type
 
     def rank(self, value: ir.Value) -> int | None:
@@ -152,7 +152,8 @@ class EditableGraph:
         self.body.register_initializer(value)
         return value
 
-    def _free(self, hint: str) -> str:
+    def free_name(self, hint: str) -> str:
+        """Return a name that nothing has, made of ``hint``; it is taken from then on."""
         return fresh_name(self._taken, hint)
 
 

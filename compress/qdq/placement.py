@@ -22,6 +22,7 @@ from compress.graph.values import MOVING
 ELEMENTWISE = frozenset({"Add", "Mul"})
 _MOVES = SAME_SCALE | ACTIVATIONS | {"Concat", "Pad"}  # hands its inputs' steps on
 _CHAIN = frozenset({"Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu"})
+_COMPUTES = ELEMENTWISE | _CHAIN - {"Concat"} | {"MaxPool"}  # what moves no values as they are
 _FARTHEST = 64  # nodes before a residual Add that its common ancestor is looked for in
 Reader = tuple[str, int]  # name of the node, position among its inputs
 
@@ -232,7 +233,9 @@ def _without_gain(graph: GraphIndex, chosen: list[NodeProto], weighted: set[str]
 
     Int8 would gain them nothing: what they read has to be rounded for them alone, as the terms of
     a GELU or the heads of an attention. A product of matrices is no int8 neighbour: its kernel
-    gives float, and adds the bias behind it to sums that nothing has rounded.
+    gives float, and adds the bias behind it to sums that nothing has rounded. Pools behind ops in
+    float are no better off, whatever reads them: they leave fewer values to round, and an int8
+    MaxPool that no int8 kernel is before takes ten times as long as one in float.
     """
     made: set[str] = set()  # tensors of int8 kernels
     for node in chosen:
@@ -249,7 +252,7 @@ def _without_gain(graph: GraphIndex, chosen: list[NodeProto], weighted: set[str]
         for node in chosen
         if node.name not in weighted
         and not made.intersection(node.input)
-        and (node.op_type in ELEMENTWISE or node.name not in read)
+        and (node.op_type in _COMPUTES or node.name not in read)
     }
 
 

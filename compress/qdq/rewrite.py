@@ -11,9 +11,16 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from compress.errors import QuantizationError
-from compress.graph.model import WEIGHTED, attribute, channel_axis
+from compress.graph.model import ACTIVATIONS, WEIGHTED, attribute, channel_axis
 from compress.graph.rewrites import is_convolution, write_convolution
-from compress.graph.values import EditableGraph, constant, is_never_negative, set_input
+from compress.graph.values import (
+    EditableGraph,
+    constant,
+    is_never_negative,
+    is_read_once,
+    maker,
+    set_input,
+)
 from compress.qdq.grid import put_on_grid
 from compress.qdq.plan import QuantPlan
 
@@ -109,6 +116,31 @@ def _write_apart(graph: EditableGraph, node: ir.Node) -> None:
     below = graph.add("Min", [x, zero], f"{name}_below")
     # A Sum, as an Add would be one of int8: between float operators it gains nothing
     graph.substitute(node, "Sum", [x, graph.add("Mul", [below, less], f"{name}_product")])
+
+
+def activate_after_pools(graph: EditableGraph) -> None:
+    """Let a MaxPool that is in float, between a Relu or Clip and a Q, run before that activation.
+
+    The answer is the same. But ONNX Runtime moves a Q that follows a MaxPool before it, whose int8
+    kernel, with no other before it, takes ten times as long as that in float: SqueezeNet 1.1 with
+    its first convolution in float took 2.6 times as long as all in int8, and so takes 0.8 times as
+    long. The activation costs nothing: a Q whose range begins at 0 does the same.
+    """
+    for pool in graph.of_type("MaxPool"):
+        activation, pooled = maker(pool.inputs[0]), pool.outputs[0]
+        if activation is None or activation.op_type not in ACTIVATIONS or len(pool.outputs) > 1:
+            continue
+        given, active = activation.inputs[0], activation.outputs[0]
+        before, readers = maker(given), {node.op_type for node, _ in pooled.uses()}
+        is_int8 = before is not None and before.op_type == "DequantizeLinear"
+        if is_int8 or not is_read_once(active) or readers != {"QuantizeLinear"}:
+            continue
+        for node, index in pooled.uses():
+            node.replace_input_with(index, active)
+        activation.replace_input_with(0, pooled)
+        pool.replace_input_with(0, given)
+        name, pooled.name = pooled.name, graph.free_name(f"{pooled.name}_of_sums")
+        active.name = name
 
 
 # The other runtimes fuse BatchNorm and PRelu

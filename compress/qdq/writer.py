@@ -19,7 +19,7 @@ from compress.graph.weightless import check_graph, infer_shapes
 from compress.qdq.grid import put_on_grid
 from compress.qdq.placement import Placement, place
 from compress.qdq.plan import ActivationRange, QuantPlan, WeightScales, unpack_codes
-from compress.qdq.rewrite import correct, rewrite_for
+from compress.qdq.rewrite import activate_after_pools, correct, rewrite_for
 
 _SMALLEST_SCALE = 1e-12
 
@@ -182,6 +182,8 @@ class _Writer:
             real = add_pair(self.graph, self.values[tensor], [scale, zero])
             for name, position in readers[tensor]:
                 self.nodes[name].replace_input_with(position, real)
+        if self.target == "onnxruntime":
+            activate_after_pools(self.graph)
         return self.graph.to_model()
 
     def quantizer_of(self, tensor: str) -> Quantizer:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 
 from compress import progress
 from compress.errors import ModelError
-from compress.graph.model import GraphIndex
+from compress.graph.model import GraphIndex, attribute
 from compress.measure.macs import node_macs
 from compress.qdq.placement import has_int8_kernel, place
 from compress.qdq.plan import QuantPlan
@@ -25,9 +25,13 @@ POOR_DB = 15.0  # of the weakest output: above it nothing is looked for
 MOST_LAYERS = 3
 MOST_MACS_PCT = 15.0  # of one layer
 _WORTH_DB = 2.0  # of the weakest output, for which a layer is worth its time
-APART_DB = 0.5  # as FIRST_DB, for depthwise layers between ops in float
-FIRST_DB = 0.2  # of all outputs, beyond chance, for which the first layers are worth theirs
-_FIRST_MACS_PCT = 10.0  # of all of them; so far 0.93 to 1.03 of the int8 network's time
+APART_DB = 0.5  # of all outputs, beyond chance, for which depthwise layers may be in float
+# And for which one percent of the MACs may be: products take four times as long in float on CPUs
+# with VNNI, more with AMX; in half precision on GPUs, twice.
+DB_PER_PCT = {"onnxruntime": 0.05, "openvino": 0.05, "tensorrt": 0.03}
+FREE_DB = -0.3  # for which layers may be that int8 makes slower
+_FIRST_MACS_PCT = 10.0  # of all first layers that may be in float
+_PIXEL_CHANNELS = 4  # and fewer
 _PARTS = 4
 TRIED = "to see what it costs"
 
@@ -86,6 +90,24 @@ def first_layers(bench: Workbench, plan: QuantPlan) -> list[str]:
     shares = _shares(bench) if names else {}
     cost = sum(shares.get(node.output[0], 0.0) for node in found)
     return names if shares and cost <= _FIRST_MACS_PCT else []
+
+
+def _price_db(bench: Workbench, names: Iterable[str]) -> float:
+    """Return how many decibels closer outputs must come for the time that layers take in float.
+
+    ONNX Runtime's int8 convolution of an image's three channels is slower than that in float, with
+    which networks took 0.80 to 1.00 of their time (fourteen networks, a CPU with VNNI). With
+    OpenVINO that was 0.89 to 1.06, and 1.2 to 1.4 of ResNet-18.
+    """
+    graph, shares, price = GraphIndex(bench.prepared), _shares(bench), 0.0
+    for node in graph.nodes:
+        weight = graph.weight(node) if node.name in names else None
+        if weight is not None:
+            channels = attribute(node, "group", 1) * graph.initializers[weight].dims[1]
+            is_slow = bench.target == "onnxruntime" and channels <= _PIXEL_CHANNELS
+            share = 0.0 if is_slow else shares.get(node.output[0], 0.0)
+            price += DB_PER_PCT[bench.target] * share
+    return price or FREE_DB
 
 
 def depthwise_layers_apart(bench: Workbench, plan: QuantPlan) -> list[str]:
@@ -206,6 +228,7 @@ def auto(bench: Workbench) -> QuantPlan:
             correct = partial(bench.corrected, feed=bench.tried)
             if bench.is_free:
                 search.attempt("bias correction", _BIASES, search.best, correct)
+        search.go_back()
         search.apart_in_float()
         search.first_in_float()
         return search.refitted()
@@ -294,6 +317,13 @@ class _Search:
                 self.best = found
         self.counter.advance(effort, note=f"best {_told(self.best.found)}")
 
+    def go_back(self) -> None:
+        """Take what there was before pixels were held exactly, if nothing since came closer."""
+        if self.start.exceeds(self.best):
+            self.best = self.start
+            since = (note.replace(", kept", ", not kept") for note in self.notes[self.said :])
+            self.notes[self.said :] = since
+
     def apart_in_float(self) -> None:
         """Leave depthwise layers between ops in float there where that surely helps.
 
@@ -306,19 +336,23 @@ class _Search:
             self.try_in_float(f"depthwise layers ({len(names)})", plan, APART_DB)
 
     def try_in_float(self, what: str, plan: QuantPlan, least_db: float) -> None:
-        """Keep ``plan``, with ``what`` in float, if it is surely closer by ``least_db``."""
-        found = Trial(plan, self.bench.judge(plan))
-        gain = found.found.sure_gain_over(self.best.found)
-        kept = not found.falls_below(self.best) and gain > least_db
+        """Keep ``plan``, with ``what`` in float, if it is surely closer by ``least_db``.
+
+        What may lose ``-least_db`` need not be surely closer: it is the faster one.
+        """
+        found, best = Trial(plan, self.bench.judge(plan)), self.best.found
+        sure = found.found.sure_gain_over(best)
+        gain = found.found.gain_over(best) if least_db < 0 else sure
+        kept = gain > least_db and not found.found.falls_below(best, max(_GAIN_DB, -least_db))
         self.notes.append(f"{what} in float: {_told(found.found)}, {_kept(kept)}")
         if kept:
             self.best = found
 
     def first_in_float(self) -> None:
-        """Leave the first layers in float where that surely brings answers closer.
+        """Leave the first layers in float where that brings answers closer by what it costs.
 
-        All others hear of their noise, and with a few channels they are about as fast in float: the
-        layers that read the images, or these and those that read what they make.
+        All others hear of their noise: the layers that read the images, or these and those that
+        read what they make.
         """
         plan = self.best.plan
         for _ in range(_FIRST):
@@ -327,17 +361,14 @@ class _Search:
                 return
             plan = plan.keep_float(names, "all others hear of its noise")
             plan = plan.changed(grids=tuple(g for g in plan.grids if g.node not in names))
-            self.try_in_float(", ".join(names), plan, FIRST_DB)
+            price_db = _price_db(self.bench, plan.float_nodes.keys() - self.best.plan.float_nodes)
+            self.try_in_float(", ".join(names), plan, price_db)
 
     def refitted(self) -> QuantPlan:
         """Return the best plan; biases that were corrected with a few images are so with all.
 
         Weights get the headroom that they need where products overflow.
         """
-        if self.start.exceeds(self.best):
-            self.best = self.start
-            since = (note.replace(", kept", ", not kept") for note in self.notes[self.said :])
-            self.notes[self.said :] = since
         best, bench, feed = self.best, self.bench, self.bench.all_images()
         plan = best.plan
         if bench.overflows:

@@ -13,10 +13,11 @@ from compress.errors import QuantizationError, UnknownNameError
 from compress.graph.model import GraphIndex
 from compress.graph.preprocess import finished
 from compress.qdq import QuantPlan, WeightScales, prepare, write_qdq
+from compress.qdq.lint import lint_model, rules_for
 from compress.qdq.placement import place
 from compress.qdq.plan import TARGETS, ActivationRange
 from compress.quantize import calibrate, make_quant_plan
-from compress.quantize.sessions import sqnr_db
+from compress.quantize.sessions import sqnr_db, with_outputs
 
 CASES = [(name, target) for name in GRAPHS for target in TARGETS]
 
@@ -230,6 +231,34 @@ def test_onnxruntime_leaves_what_lies_between_ops_in_float_alone(tmp_path):
     ort.InferenceSession(written.SerializeToString(), options, providers=["CPUExecutionProvider"])
     kinds = [node.op_type for node in onnx.load(str(tmp_path / "optimized.onnx")).graph.node]
     assert kinds.count("MatMulIntegerToFloat") == 3
+
+
+@pytest.mark.parametrize("activation", ["Relu", "Clip"])
+def test_a_pool_behind_a_float_layer_is_computed_in_float_by_onnxruntime(activation, tmp_path):
+    """It moved the Q before the pool, and ran an int8 MaxPool that took ten times as long."""
+    import onnxruntime as ort
+
+    s = Sketch(SHAPE)
+    x = s.conv("input", "stem", 3, 16)
+    x = s.relu(x) if activation == "Relu" else s.relu6(x)
+    name = x
+    x = s.op("MaxPool", [x], "max", kernel_shape=[3, 3], strides=[2, 2])
+    s.head(s.relu(s.conv(x, "c2", 16, 12)), 12)
+    model = s.model()
+    plan, feed = plan_of(model, "onnxruntime").keep_float(["stem"], "a test"), images(model, 8)
+    written = write_qdq(model, plan)
+    assert not lint_model(written, rules=rules_for("onnxruntime"))
+    rounded = {n.input[0] for n in written.graph.node if n.op_type == "QuantizeLinear"}
+    assert "max" in rounded and name not in rounded
+    pooled = [run(with_outputs(m, ["max"]), feed, names=["max"])[0] for m in (model, written)]
+    np.testing.assert_array_equal(*pooled)
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    ort.InferenceSession(written.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    nodes = onnx.load(str(tmp_path / "optimized.onnx")).graph.node
+    made = {end: node.op_type for node in nodes for end in node.output}
+    (pool,) = (node for node in nodes if "MaxPool" in node.op_type)
+    assert made[pool.input[0]] in ("Conv", "FusedConv", "ReorderOutput")
 
 
 def test_uint8_for_onnxruntime_and_symmetric_int8_for_tensorrt():

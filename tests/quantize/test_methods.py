@@ -143,7 +143,7 @@ def followed_by(kind: str) -> ModelProto:
         x = s.op("Mul", [x, s.op(op, [x], "gate", **options)], "end")
     else:
         x = s.op(kind, [x], "end")
-    s.head(x, 4)
+    s.head(s.relu(s.conv(x, "next", 4, 4)), 4)
     return s.model()
 
 

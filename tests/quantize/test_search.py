@@ -381,9 +381,20 @@ def only_first(bench, plan):
     return [] if "first" in plan.float_nodes else ["first"]
 
 
-@pytest.mark.parametrize(("float_db", "kept"), [(20.5, True), (20.1, False), (19.0, False)])
-def test_the_first_layer_is_in_float_where_that_is_sure_to_help(float_db, kept, monkeypatch):
+@pytest.mark.parametrize(
+    ("price_db", "float_db", "kept"),
+    [
+        (0.2, 20.5, True),
+        (0.2, 20.1, False),
+        (0.2, 19.0, False),
+        (0.6, 20.5, False),
+        (search.FREE_DB, 19.8, True),
+        (search.FREE_DB, 19.6, False),
+    ],
+)
+def test_the_first_layer_is_in_float_for_its_price(price_db, float_db, kept, monkeypatch):
     monkeypatch.setattr(search, "first_layers", only_first)
+    monkeypatch.setattr(search, "_price_db", lambda bench, names: price_db)
     plan = auto(Bench(mse=(20.0, 20.0), mse_float=(float_db, float_db)))
     assert ("first" in plan.float_nodes) is kept
     (told,) = (note for note in plan.notes if note.startswith("first in float: "))
@@ -426,6 +437,20 @@ def test_first_layers_read_the_images_and_cost_little(monkeypatch):
     assert first_layers(bench, plan.keep_float([first], "tried")) == []
     monkeypatch.setattr(search, "_FIRST_MACS_PCT", 0.1)
     assert first_layers(bench, plan) == []
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino", "tensorrt"])
+def test_the_price_of_float_is_that_of_its_products_but_for_pixels_in_onnxruntime(target):
+    bench = bench_of(GRAPHS["residual"](), target=target)
+    graph, shares = GraphIndex(bench.prepared), search._shares(bench)
+    layers = [node for node in graph.nodes if graph.weight(node)]
+    rate = search.DB_PER_PCT[target]
+    stem, c1 = (rate * shares[layer.output[0]] for layer in layers[:2])
+    assert stem > 0 and c1 > 0
+    pixels = search.FREE_DB if target == "onnxruntime" else stem
+    assert search._price_db(bench, [layers[0].name]) == pytest.approx(pixels)
+    both = c1 if target == "onnxruntime" else stem + c1
+    assert search._price_db(bench, [n.name for n in layers[:2]]) == pytest.approx(both)
 
 
 def test_a_gain_is_sure_beyond_two_standard_errors():

@@ -41,17 +41,18 @@ def spare_layers(bench: Workbench, plan: QuantPlan) -> QuantPlan:
 
     Depthwise layers behind activations that no scale can be moved through, such as SiLU, are
     typical: a few channels take the range, and all others get a step or two. Runs of layers are
-    left in float to see what they cost, and the best run is halved until one layer is left; up to
-    three are spared in this way, each for at least 2 dB. Where the weakest output has 15 dB and
-    more, ``plan`` is returned as it is.
+    left in float to see what they cost, and the best run is halved until one layer is left; three
+    are found in this way at most, and spared for at least 2 dB each. Where the weakest output has
+    15 dB and more, ``plan`` is returned as it is.
     """
     if not bench.judge(plan).weakest_db < POOR_DB:
         return plan
     graph = GraphIndex(bench.prepared)
-    shares = _shares(bench)
+    shares, in_vain = _shares(bench), set[str]()
     with progress.task("Looking for layers that need float"):
         for _ in range(MOST_LAYERS):
-            names = list(place(graph, bench.target, plan.float_nodes).weights)
+            int8 = place(graph, bench.target, plan.float_nodes).weights
+            names = [name for name in int8 if name not in in_vain]
             found = _worst_layer(bench, plan, names)
             if found is None:  # no run of layers costs enough
                 break
@@ -61,7 +62,8 @@ def spare_layers(bench: Workbench, plan: QuantPlan) -> QuantPlan:
             gain = after.weakest_db - before.weakest_db
             closer = gain >= _WORTH_DB and after.gain_over(before) >= _WORTH_DB / 2
             if not closer or share > MOST_MACS_PCT:
-                break
+                in_vain.add(found)
+                continue
             cost = f", for {share:.2g} % of the MACs" if share else ""
             why = f"an int8 network is {gain:.1f} dB closer without it{cost}"
             plan = plan.keep_float([found], why)
@@ -151,15 +153,21 @@ def _shares(bench: Workbench) -> dict[str, float]:
 def _worst_layer(bench: Workbench, plan: QuantPlan, names: Sequence[str]) -> str | None:
     """Return the layer whose being in float helps most, as far as halving tells.
 
-    None where no run of layers brings what one of them would have to.
+    What helps counts up to 15 dB of each output: a layer that spoils all of them is worse than the
+    last one of a single output, which is exact without it. None where no run of layers brings what
+    one of them would have to.
     """
     if len(names) < 2:
         return None
 
-    def without(part: Sequence[str]) -> float:
-        return bench.screened_db(plan.keep_float(part, TRIED))
+    def reached(tried: QuantPlan) -> float:
+        each_db = bench.screened(tried).typical_db
+        return sum(min(db, POOR_DB) for db in each_db if not math.isnan(db))
 
-    plain = bench.screened_db(plan)
+    def without(part: Sequence[str]) -> float:
+        return reached(plan.keep_float(part, TRIED))
+
+    plain = reached(plan)
     found = {tuple(part): without(part) for part in _split(names, _PARTS)}
     while True:
         best = max(found, key=lambda part: found[part])

@@ -136,15 +136,15 @@ class Workbench:
         self.known.append((bare, found))
         return found
 
-    def screened_db(self, plan: QuantPlan) -> float:
-        """Return the SQNR of the weakest output in the mean of a few images that judge."""
+    def screened(self, plan: QuantPlan) -> Closeness:
+        """Return how close the judged tensors come on a few of the images that judge."""
         if not self.few:
             batch = self.images.fixed_batch or 1
             self.few = first(self.judging, -(-SCREENED // batch) * batch)
             self.few_reference = answers(self.prepared, self.few, names=self.judged)
         written = write_qdq(self.prepared, plan, checked=False)
         got = answers(written, self.few, target=self.target, names=self.judged)
-        return closeness(self.few_reference, got, images_in(self.few)).weakest_db
+        return closeness(self.few_reference, got, images_in(self.few))
 
     def notes(self, plan: QuantPlan) -> list[str]:
         """Return what else there is to say of ``plan``."""

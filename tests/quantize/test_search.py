@@ -478,6 +478,32 @@ def test_layers_that_help_nothing_are_not_spared(monkeypatch):
     assert gains[1] - gains[0] >= 2 * len(spared.float_nodes)
 
 
+def test_a_layer_that_spoils_all_outputs_is_worse_than_the_last_of_one():
+    plain = {"first": 1.4, "second": 4.0, "third": 6.0}
+    without = {
+        "shared": {"first": 3.9, "second": 13.0, "third": 13.0},
+        "last of first": {**plain, "first": math.inf},  # exact; the weakest is then 4.0
+    }
+
+    class OfThree:
+        def screened(self, plan):
+            found = plain
+            for name in plan.float_nodes:
+                found = {output: max(db, without[name][output]) for output, db in found.items()}
+            return Closeness((), tuple(np.array([db]) for db in found.values()))
+
+    plan = QuantPlan("onnxruntime", "mse", {})
+    assert search._worst_layer(OfThree(), plan, list(without)) == "shared"
+
+
+def test_other_layers_are_spared_where_the_worst_is_too_large(monkeypatch):
+    bench = bench_of(spoiled())
+    plan = bench.ranges()
+    names = iter(["d", "c", None])
+    monkeypatch.setattr(search, "_worst_layer", lambda *asked: next(names))
+    assert list(spare_layers(bench, plan).float_nodes) == ["c"]
+
+
 def test_runs_cover_all_names_once():
     names = [str(n) for n in range(11)]
     for count in (1, 2, 8, 11, 20):

@@ -175,7 +175,7 @@ class _Writer:
         quantizers = {name: self.quantizer_of(name) for name in self.values if name in readers}
         for name in self.placement.weights:
             node = self.nodes[name]
-            self._quantize_weight(node, quantizers[name_of(node.inputs[0])].scale)
+            self._quantize_weight(node, self.quantizer_of(name_of(node.inputs[0])).scale)
         for tensor, found in quantizers.items():
             scale = self.graph.add_constant(f"{tensor}_scale", _checked(tensor, found.scale))
             zero = self.graph.add_constant(f"{tensor}_zero_point", found.zero_point)

@@ -166,3 +166,5 @@ def test_a_shortcut_padded_with_zeros_stays_as_it_was_quantized(tmp_path: Path):
     assert pads and {part["runtimePrecision"] for part in pads} == {"u8"}
     rounded = [p["originalLayersNames"] for p in parts if p["layerType"] == "FakeQuantize"]
     assert rounded == ["input_q"]
+    slices = [part for part in parts if part["layerType"] == "StridedSlice"]
+    assert len(slices) == len(pads) == 2  # of rows and columns at once

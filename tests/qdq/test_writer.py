@@ -12,7 +12,7 @@ from int8_graphs import GRAPHS, SHAPE, Sketch, images, residual, run
 from compress.errors import QuantizationError, UnknownNameError
 from compress.graph.model import GraphIndex
 from compress.graph.preprocess import finished
-from compress.qdq import QuantPlan, WeightScales, prepare, write_qdq
+from compress.qdq import QuantPlan, WeightScales, placement, prepare, write_qdq
 from compress.qdq.lint import lint_model, rules_for
 from compress.qdq.placement import place
 from compress.qdq.plan import TARGETS, ActivationRange
@@ -87,8 +87,8 @@ def test_written_graph_equals_its_arithmetic_in_numpy(name, target):
     graph = GraphIndex(written)
     feed = images(model, 3)
     layers = [n for n in written.graph.node if n.op_type in ("Conv", "Gemm")]
-    quantized = [(graph.producer[n.input[0]], n) for n in layers]
-    names = [name for dq, n in quantized for name in (dq.input[0], n.output[0])]
+    quantized = [(dequantize_before(graph, n.input[0]), n) for n in layers]
+    names = [name for dq, n in quantized for name in (dq.input[0], n.input[0], n.output[0])]
     probe = onnx.ModelProto()
     probe.CopyFrom(written)
     for tensor in dict.fromkeys(names):
@@ -98,6 +98,9 @@ def test_written_graph_equals_its_arithmetic_in_numpy(name, target):
     values = dict(zip(names, run(probe, feed, plain=True, names=names), strict=True))
     for dequantize, node in quantized:
         x = integers_to_real(graph, dequantize, values[dequantize.input[0]])
+        read = values[node.input[0]]  # the same, or moved
+        np.testing.assert_allclose(x.reshape(read.shape), read, rtol=1e-6, atol=1e-7)
+        x = x.reshape(read.shape)
         w = constant_real(graph, node.input[1])
         b = constant_real(graph, node.input[2])
         want = convolve(node, x, w, b) if node.op_type == "Conv" else x @ w.T + b
@@ -156,6 +159,14 @@ def test_answer_of_the_last_linear_layer_is_not_quantized(target):
     written = write_qdq(model, plan_of(model, target))
     (softmax,) = (n for n in written.graph.node if n.op_type == "Softmax")
     assert list(softmax.input) == ["logits"]
+
+
+def dequantize_before(graph, name):
+    """The DequantizeLinear that made a tensor, or what a Reshape moved."""
+    while (made := graph.producer[name]).op_type in ("Flatten", "Reshape"):
+        name = made.input[0]
+    assert made.op_type == "DequantizeLinear"
+    return made
 
 
 def integers_to_real(graph, dequantize, codes):
@@ -302,6 +313,23 @@ def test_tensorrt_leaves_squeeze_excite_and_pooling_in_float():
         assert graph.is_constant(nodes[name].input[1])
     assert graph.producer[nodes["squeeze"].input[0]].op_type == "Mul"
     assert not graph.is_constant(nodes["project"].input[1])
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_openvino_has_no_pair_behind_what_only_moves_rounded_values(name, monkeypatch):
+    model = GRAPHS[name]()
+    plan, feed = plan_of(model, "openvino"), images(model, 8)
+    written = write_qdq(model, plan)
+    graph = GraphIndex(written)
+    for quantize in (n for n in written.graph.node if n.op_type == "QuantizeLinear"):
+        moved = graph.producer.get(quantize.input[0])
+        if moved is not None and graph.keeps_scale(moved) and moved.op_type != "Resize":
+            assert graph.producer[moved.input[0]].op_type != "DequantizeLinear"
+    monkeypatch.setattr(placement, "_drop_repeated", lambda graph, found: None)
+    for one, other in zip(
+        *(run(m, feed, plain=True) for m in (written, write_qdq(model, plan))), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_openvino_quantizes_nothing_that_only_float_ops_read():

@@ -98,15 +98,17 @@ def _price_db(bench: Workbench, names: Iterable[str]) -> float:
     """Return how many decibels closer outputs must come for the time that layers take in float.
 
     ONNX Runtime's int8 convolution of an image's three channels is slower than that in float, with
-    which networks took 0.80 to 1.00 of their time (fourteen networks, a CPU with VNNI). With
-    OpenVINO that was 0.89 to 1.06, and 1.2 to 1.4 of ResNet-18.
+    which networks took 0.80 to 1.00 of their time (fourteen networks, a CPU with VNNI), but not
+    behind a transpose, as of a network from Keras: MTCNN's O-Net took 1.8 of it. With OpenVINO
+    that was 0.89 to 1.06, and 1.2 to 1.4 of ResNet-18.
     """
     graph, shares, price = GraphIndex(bench.prepared), _shares(bench), 0.0
     for node in graph.nodes:
         weight = graph.weight(node) if node.name in names else None
         if weight is not None:
             channels = attribute(node, "group", 1) * graph.initializers[weight].dims[1]
-            is_slow = bench.target == "onnxruntime" and channels <= _PIXEL_CHANNELS
+            reads_pixels = channels <= _PIXEL_CHANNELS and node.input[0] in graph.inputs
+            is_slow = bench.target == "onnxruntime" and reads_pixels
             share = 0.0 if is_slow else shares.get(node.output[0], 0.0)
             price += DB_PER_PCT[bench.target] * share
     return price or FREE_DB

@@ -453,6 +453,17 @@ def test_the_price_of_float_is_that_of_its_products_but_for_pixels_in_onnxruntim
     assert search._price_db(bench, [n.name for n in layers[:2]]) == pytest.approx(both)
 
 
+def test_pixels_behind_a_transpose_have_a_price():
+    """A network from Keras: its first layer in float took longer than all in int8."""
+    s = Sketch((3, 8, 8))
+    turned = s.op("Transpose", ["input"], "turned", perm=[0, 1, 3, 2])
+    x = s.conv(s.relu(s.conv(turned, "stem", 3, 8)), "next", 8, 8)
+    s.head(s.relu(x), 8)
+    bench = bench_of(s.model())
+    stem = next(n.name for n in bench.prepared.graph.node if n.op_type == "Conv")
+    assert search._price_db(bench, [stem]) > 0
+
+
 def test_a_gain_is_sure_beyond_two_standard_errors():
     one, other = np.array([21.0, 23.0, 22.0, 26.0]), np.array([20.0, 20.0, 21.0, 20.0])
     lost = one - other  # 1, 3, 1, 6

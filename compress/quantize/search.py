@@ -19,6 +19,7 @@ from compress.quantize.equalization import is_depthwise
 from compress.quantize.images import images_in
 from compress.quantize.remedies import refitted_with_headroom
 from compress.quantize.sessions import Closeness, mean_db, sqnr_text, weakest_db
+from compress.quantize.timing import faster_in_float
 from compress.quantize.workbench import Workbench
 
 POOR_DB = 15.0  # of the weakest output: above it nothing is looked for
@@ -212,6 +213,7 @@ def auto(bench: Workbench) -> QuantPlan:
     search = _Search(bench, observed)
     if math.isnan(search.best.found.weakest_db):  # nothing can be told apart
         return search.best.plan.changed(notes=tuple(search.notes))
+    search.leave_slow_in_float()
     search.spare()
     effort = 7 * _RANGES + _BIASES + _ROUNDING
     refit = _BIASES * images_in(bench.all_images()) / images_in(bench.tried)
@@ -269,6 +271,17 @@ class _Search:
         observer = next(iter(plan.activations.values())).observer
         self.notes = [f"{observer} ranges: {_told(self.best.found)}"]
         self.said = 1  # notes before those of plans that are built on ``start``
+
+    def leave_slow_in_float(self) -> None:
+        """Leave layers in float that ONNX Runtime computes faster there, by timing it here."""
+        shares_pct = _shares(self.bench) if self.bench.target == "onnxruntime" else {}
+        if shares_pct:
+            plan, ratio = faster_in_float(self.bench, self.plain.plan, shares_pct)
+            count = len(plan.float_nodes) - len(self.plain.plan.float_nodes)
+            if count:
+                self.best = self.plain = Trial(plan, self.bench.judge(plan))
+                what = f"layers that int8 slows down ({count}) in float, {ratio:.2f} of the time"
+                self.notes.append(f"{what}: {_told(self.best.found)}, kept")
 
     def spare(self) -> None:
         """Leave layers in float that spoil every plan; what is tried then is compared with that."""

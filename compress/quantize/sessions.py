@@ -98,9 +98,13 @@ class GraphSession:
 
 
 def session_of(
-    model: ModelProto, *, float_qdq: bool = False, optimized: bool = True
+    model: ModelProto,
+    *,
+    float_qdq: bool = False,
+    optimized: bool = True,
+    threads: int = 0,
 ) -> GraphSession:
-    """Return a session of any graph, of any size, on all cores.
+    """Return a session of any graph, of any size, on ``threads`` threads; 0: on all cores.
 
     With ``float_qdq`` Q/DQ arithmetic is computed in float, not fused into integer kernels. Not
     ``optimized``, nothing at all is fused.
@@ -112,6 +116,7 @@ def session_of(
 
     options = ort.SessionOptions()
     options.log_severity_level = 4  # what it says is raised as well
+    options.intra_op_num_threads = threads
     take_exact_kernels(options)
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it wastes a core
     if not optimized:

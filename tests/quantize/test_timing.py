@@ -65,6 +65,21 @@ def test_not_all_that_is_faster_is_left_in_float(monkeypatch):
     assert sum(shares[outputs[name]] for name in plan.float_nodes) <= timing._LARGEST_PCT
 
 
+def test_layers_that_come_to_float_with_others_count(monkeypatch):
+    """Between depthwise layers in float all others stay there: nothing of a YuNet was left."""
+    s = Sketch((3, 8, 8))
+    x = s.relu(s.conv("input", "stem", 3, 64, 3))
+    for k in range(3):
+        x = s.conv(s.conv(x, f"narrow{k}", 64, 64, 1), f"depthwise{k}", 64, 64, 3, group=64)
+        x = s.relu(x)
+    s.head(s.relu(x), 64)
+    bench = bench_of(s.model(), "onnxruntime")
+    timed(monkeypatch, lambda int8: 1.0 + len(int8))
+    plan, _ = faster_in_float(bench, bench.ranges(), search._shares(bench))
+    names = {node.name for node in bench.prepared.graph.node}
+    assert plan.float_nodes.keys() <= names and not any("depthwise" in n for n in plan.float_nodes)
+
+
 def test_networks_that_take_no_time_are_not_timed(monkeypatch):
     bench = bench_of(GRAPHS["depthwise"](), "onnxruntime")
     seen = timed(monkeypatch, lambda int8: 0.1 + 0.001 * len(int8))

@@ -11,7 +11,7 @@ from functools import partial
 
 from compress import progress
 from compress.errors import ModelError
-from compress.graph.model import GraphIndex, attribute
+from compress.graph.model import GraphIndex
 from compress.measure.macs import node_macs
 from compress.qdq.placement import has_int8_kernel, place
 from compress.qdq.plan import QuantPlan
@@ -30,9 +30,7 @@ APART_DB = 0.5  # of all outputs, beyond chance, for which depthwise layers may 
 # And for which one percent of the MACs may be: products take four times as long in float on CPUs
 # with VNNI, more with AMX; in half precision on GPUs, twice.
 DB_PER_PCT = {"onnxruntime": 0.05, "openvino": 0.05, "tensorrt": 0.03}
-FREE_DB = -0.3  # for which layers may be that int8 makes slower
 _FIRST_MACS_PCT = 10.0  # of all first layers that may be in float
-_PIXEL_CHANNELS = 4  # and fewer
 _PARTS = 4
 TRIED = "to see what it costs"
 
@@ -96,23 +94,10 @@ def first_layers(bench: Workbench, plan: QuantPlan) -> list[str]:
 
 
 def _price_db(bench: Workbench, names: Iterable[str]) -> float:
-    """Return how many decibels closer outputs must come for the time that layers take in float.
-
-    ONNX Runtime's int8 convolution of an image's three channels is slower than that in float, with
-    which networks took 0.80 to 1.00 of their time (fourteen networks, a CPU with VNNI), but not
-    behind a transpose, as of a network from Keras: MTCNN's O-Net took 1.8 of it. With OpenVINO
-    that was 0.89 to 1.06, and 1.2 to 1.4 of ResNet-18.
-    """
-    graph, shares, price = GraphIndex(bench.prepared), _shares(bench), 0.0
-    for node in graph.nodes:
-        weight = graph.weight(node) if node.name in names else None
-        if weight is not None:
-            channels = attribute(node, "group", 1) * graph.initializers[weight].dims[1]
-            reads_pixels = channels <= _PIXEL_CHANNELS and node.input[0] in graph.inputs
-            is_slow = bench.target == "onnxruntime" and reads_pixels
-            share = 0.0 if is_slow else shares.get(node.output[0], 0.0)
-            price += DB_PER_PCT[bench.target] * share
-    return price or FREE_DB
+    """Return how many decibels closer outputs must come for the time that layers take in float."""
+    shares = _shares(bench)
+    outputs = [node.output[0] for node in bench.prepared.graph.node if node.name in names]
+    return DB_PER_PCT[bench.target] * sum(shares.get(name, 0.0) for name in outputs)
 
 
 def depthwise_layers_apart(bench: Workbench, plan: QuantPlan) -> list[str]:
@@ -359,14 +344,10 @@ class _Search:
             self.try_in_float(f"depthwise layers ({len(names)})", plan, APART_DB)
 
     def try_in_float(self, what: str, plan: QuantPlan, least_db: float) -> None:
-        """Keep ``plan``, with ``what`` in float, if it is surely closer by ``least_db``.
-
-        What may lose ``-least_db`` need not be surely closer: it is the faster one.
-        """
+        """Keep ``plan``, with ``what`` in float, if it is surely closer by ``least_db``."""
         found, best = Trial(plan, self.bench.judge(plan)), self.best.found
         sure = found.found.sure_gain_over(best)
-        gain = found.found.gain_over(best) if least_db < 0 else sure
-        kept = gain > least_db and not found.found.falls_below(best, max(_GAIN_DB, -least_db))
+        kept = sure > least_db and not found.found.falls_below(best, _GAIN_DB)
         self.notes.append(f"{what} in float: {_told(found.found)}, {_kept(kept)}")
         if kept:
             self.best = found

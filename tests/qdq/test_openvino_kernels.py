@@ -8,12 +8,15 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from int8_graphs import GRAPHS, images
 from torch import nn
 
 from compress.export import export_onnx
 from compress.models.cifar import CifarResNet
+from compress.qdq import placement, write_qdq
 from compress.qdq.lint import lint_onnx
 from compress.quantize import quantize_onnx
+from compress.quantize.calibration import calibrate, make_quant_plan
 from compress.quantize.sessions import answers, sqnr_db
 
 SAID = ("layerType", "originalLayersNames", "runtimePrecision")
@@ -168,3 +171,24 @@ def test_a_shortcut_padded_with_zeros_stays_as_it_was_quantized(tmp_path: Path):
     assert rounded == ["input_q"]
     slices = [part for part in parts if part["layerType"] == "StridedSlice"]
     assert len(slices) == len(pads) == 2  # of rows and columns at once
+
+
+@pytest.mark.parametrize("name", ["residual", "concat", "dense", "shuffle", "depthwise"])
+def test_openvino_answers_the_same_without_repeated_pairs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    openvino = pytest.importorskip("openvino")
+    model = GRAPHS[name]()
+    feed = images(model, 8)
+    plan = make_quant_plan(calibrate(model, [feed]), target="openvino")
+    written = [write_qdq(model, plan)]
+    monkeypatch.setattr(placement, "_drop_repeated", lambda graph, found: None)
+    written.append(write_qdq(model, plan))
+    exact = {"INFERENCE_PRECISION_HINT": "f32"}
+    found = []
+    for graph in written:
+        onnx.save(graph, tmp_path / "int8.onnx")
+        compiled = openvino.Core().compile_model(str(tmp_path / "int8.onnx"), "CPU", exact)
+        found.append(list(compiled(feed).values()))
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)

@@ -118,10 +118,11 @@ class GraphIndex:
         """Return whether ``node`` only moves what it reads, or puts zeros beside it."""
         if node.op_type != "Pad":
             return node.op_type in SAME_SCALE
+        if attribute(node, "mode", b"constant") != b"constant":
+            return True
         given = node.input[2] if len(node.input) > 2 else ""
         filling = self.constant(given) if given else attribute(node, "value", 0.0)
-        by_zeros = filling is not None and not np.any(filling)
-        return by_zeros and attribute(node, "mode", b"constant") == b"constant"
+        return filling is not None and not np.any(filling)
 
     def weight(self, node: NodeProto) -> str | None:
         """Return the constant float weight of a weighted op, or None."""

@@ -234,12 +234,24 @@ def name_of(value: ir.Value | None) -> str:
 
 # Operators that pick or move values and compute none: quantizing before or after is the same.
 MOVING = (SAME_SCALE - {"Resize"}) | {"Identity", "GlobalMaxPool", "Expand", "Tile"}
+_MOVES = MOVING | {"Resize", "Pad", "Concat"}  # these in most of their modes
 AVERAGING = frozenset({"AveragePool", "GlobalAveragePool", "ReduceMean"})
 _NEVER_NEGATIVE = frozenset(
     {"Relu", "Sigmoid", "HardSigmoid", "Softmax", "Exp", "Abs", "Softplus", "ReduceL1", "Sqrt"}
 )
 _KEEPS_SIGN = MOVING | AVERAGING | {"ReduceMax", "Dropout"}
 _KEEPS_SIGN_OF_ALL = frozenset({"Concat", "Add", "Mul", "Max", "Sum"})
+
+
+def moves(node: ir.Node) -> bool:
+    """Return whether ``node`` only moves the values that it reads, or puts zeros beside them."""
+    if node.op_type == "Resize":
+        return attribute(node, "mode", "nearest") == "nearest"
+    if node.op_type == "Pad" and attribute(node, "mode", "constant") == "constant":
+        given = node.inputs[2] if len(node.inputs) > 2 else None
+        filling = attribute(node, "value", 0.0) if given is None else constant(given)
+        return filling is not None and not np.any(filling)
+    return node.op_type in _MOVES
 
 
 def is_never_negative(value: ir.Value | None, depth: int = 12) -> bool:

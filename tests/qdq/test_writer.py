@@ -332,6 +332,68 @@ def test_openvino_has_no_pair_behind_what_only_moves_rounded_values(name, monkey
         np.testing.assert_array_equal(one, other)
 
 
+def joined(also_read=False):
+    """Two branches of one Concat, as in SqueezeNet; the first is perhaps read by a layer too."""
+    s = Sketch(SHAPE)
+    x = s.relu(s.conv("input", "squeeze", 3, 4))
+    one, other = s.relu(s.conv(x, "one", 4, 8, k=1)), s.relu(s.conv(x, "other", 4, 8))
+    x = s.relu(s.conv(s.op("Concat", [one, other], "both", axis=1), "last", 16, 8))
+    if also_read:
+        x = s.op("Add", [x, s.relu(s.conv(one, "beside", 8, 8))], "sum")
+    s.head(x, 8)
+    return s.model()
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_what_only_a_concat_reads_is_rounded_to_its_steps_at_once(target):
+    plan = plan_of(joined(), target)
+    written = write_qdq(joined(), plan)
+    graph = GraphIndex(written)
+    nodes = {node.name: node for node in written.graph.node}
+    steps = {
+        n.input[0]: float(graph.constant(n.input[1]))
+        for n in written.graph.node
+        if n.op_type == "QuantizeLinear"
+    }
+    assert steps["one_relu"] == steps["other_relu"] == steps.get("both", steps["one_relu"])
+    assert ("both" in steps) == (target == "onnxruntime")  # whose Concat needs it to be int8
+    seen = with_outputs(written, [*nodes["both"].input, nodes["last"].input[0]])
+    *parts, read = run(seen, images(joined(), 8), plain=True)[1:]
+    np.testing.assert_array_equal(np.concatenate(parts, 1), read)
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_what_others_read_too_keeps_its_own_steps(target):
+    found = place(GraphIndex(prepare(joined(also_read=True))), target)
+    assert found.source("one_relu") == "one_relu" and found.source("other_relu") == "both"
+    assert "both" in found.readers
+
+
+@pytest.mark.parametrize("mode", ["reflect", "edge"])
+def test_openvino_rounds_before_a_pad_and_onnxruntime_behind_float_ops_after_it(mode):
+    s = Sketch(SHAPE)
+    x = s.op("Elu", [s.conv("input", "first", 3, 8)], "elu")
+    x = s.op("Pad", [x, s.constant("pads", np.array([0, 0, 1, 1, 0, 0, 1, 1]))], "pad", mode=mode)
+    s.head(s.relu(s.conv(x, "last", 8, 8, pads=[0] * 4)), 8)
+    model = s.model()
+    for target, before in (("openvino", "elu"), ("onnxruntime", "pad")):
+        written = write_qdq(model, plan_of(model, target))
+        quantized = {n.input[0] for n in written.graph.node if n.op_type == "QuantizeLinear"}
+        assert quantized & {"elu", "pad"} == {before}
+        assert lint_model(written, rules=rules_for(target)) == []
+
+
+def test_onnxruntime_joins_in_float_what_a_pad_in_float_reads():
+    """Bytes would be made floats again at once, and be rounded once more behind the pad."""
+    s = Sketch(SHAPE)
+    one, other = (s.op("Elu", [s.conv("input", f"conv{i}", 3, 4)], f"elu{i}") for i in (1, 2))
+    x = s.op("Concat", [one, other], "both", axis=1)
+    x = s.op("Pad", [x, s.constant("pads", np.array([0, 0, 1, 1, 0, 0, 1, 1]))], "pad", mode="edge")
+    s.head(s.relu(s.conv(x, "last", 8, 8, pads=[0] * 4)), 8)
+    found = place(GraphIndex(prepare(s.model())), "onnxruntime")
+    assert not found.readers.keys() & {one, other, "both"} and "pad" in found.readers
+
+
 def test_openvino_quantizes_nothing_that_only_float_ops_read():
     model = GRAPHS["preactivated"]()  # Add -> BatchNorm, which stays in float there
     graph = GraphIndex(write_qdq(model, plan_of(model, "openvino")))

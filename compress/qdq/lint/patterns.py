@@ -11,11 +11,11 @@ import onnx_ir as ir
 
 from compress.graph.model import WEIGHTED, attribute, channel_axis
 from compress.graph.values import (
-    MOVING,
     Array,
     EditableGraph,
     constant,
     maker,
+    moves,
     set_attribute,
     set_input,
 )
@@ -204,7 +204,7 @@ def is_quantized(value: ir.Value | None) -> bool:
         return True
     if node.op_type == "Concat":
         return all(is_quantized(each) for each in node.inputs)
-    return node.op_type in MOVING and is_quantized(node.inputs[0])
+    return moves(node) and is_quantized(node.inputs[0])
 
 
 def weights(graph: EditableGraph) -> Iterator[Weight]:

@@ -17,6 +17,7 @@ from compress.graph.values import (
     is_read_once,
     label,
     maker,
+    moves,
     set_input,
 )
 from compress.qdq.lint.activations import implied_clip
@@ -311,7 +312,7 @@ def _is_feature_map(nodes: Sequence[ir.Node]) -> bool:
     """Return whether layers alone read what ``nodes`` make, in whatever place: it is no answer."""
     values = [value for node in nodes for value in node.outputs]
     readers = [reader for value in values for reader, _ in value.uses()]
-    moved = [node for node in readers if node.op_type in MOVING | {"Pad", Q, DQ}]
+    moved = [node for node in readers if node.op_type in (Q, DQ) or moves(node)]
     rest = [node for node in readers if node.op_type not in WEIGHTED and node not in moved]
     ends = not readers or rest or any(value.is_graph_output() for value in values)
     return not ends and (not moved or _is_feature_map(moved))

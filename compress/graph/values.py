@@ -246,7 +246,7 @@ _KEEPS_SIGN_OF_ALL = frozenset({"Concat", "Add", "Mul", "Max", "Sum"})
 def moves(node: ir.Node) -> bool:
     """Return whether ``node`` only moves the values that it reads, or puts zeros beside them."""
     if node.op_type == "Resize":
-        return attribute(node, "mode", "nearest") == "nearest"
+        return bool(attribute(node, "mode", "nearest") == "nearest")
     if node.op_type == "Pad" and attribute(node, "mode", "constant") == "constant":
         given = node.inputs[2] if len(node.inputs) > 2 else None
         filling = attribute(node, "value", 0.0) if given is None else constant(given)

@@ -177,7 +177,7 @@ def channel_means(values: NDArray[Any]) -> NDArray[np.float64]:
 _STEPS = 3
 _ELEMENTS = 40_000_000  # of the largest tensor, for all images that a correction looks at
 _MOST = 0.5  # standard deviations that a bias may move
-_AT_ONCE = 8  # images of the float graph
+_AT_ONCE = 2  # images of the float graph: their values stay in the caches
 _NEAR = 3e-4  # and within how many of them a mean is met
 
 

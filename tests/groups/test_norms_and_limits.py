@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
+from openvino_core import compiled
 from torch import Tensor, nn
 
 from compress import apply_pruning, export_onnx, plan_pruning
@@ -264,7 +265,5 @@ def test_it_is_exported_as_every_runtime_reads_it(name: str, tmp_path: Path) -> 
     answer = ort.InferenceSession(file).run(None, {"input": IMAGES.numpy()})[0]
     np.testing.assert_allclose(answer, want, atol=1e-5)
     if is_installed("openvino"):
-        import openvino
-
-        (answer,) = openvino.Core().compile_model(file, "CPU")(IMAGES.numpy()).values()
+        (answer,) = compiled(file)(IMAGES.numpy()).values()
         np.testing.assert_allclose(answer, want, atol=1e-3)

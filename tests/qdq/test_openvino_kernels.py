@@ -9,6 +9,7 @@ import onnx
 import pytest
 import torch
 from int8_graphs import GRAPHS, images
+from openvino_core import compiled
 from torch import nn
 
 from compress.export import export_onnx
@@ -55,11 +56,10 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, np.nda
 
 def executed(path: Path) -> list[dict[str, str]]:
     """Return what OpenVINO says of each node that it executes."""
-    openvino = pytest.importorskip("openvino")
-    compiled = openvino.Core().compile_model(str(path), "CPU")
+    graph = compiled(path)
     return [
         {key: value.astype(str) for key, value in op.get_rt_info().items() if key in SAID}
-        for op in compiled.get_runtime_model().get_ops()
+        for op in graph.get_runtime_model().get_ops()
     ]
 
 
@@ -98,14 +98,12 @@ def test_it_costs_no_fidelity_and_no_finding(graphs: tuple[Path, Path, np.ndarra
 
 def test_openvino_pads_with_that_zero_point(graphs: tuple[Path, Path, np.ndarray]):
     """Its answers are those of the same graph in plain arithmetic, node by node."""
-    openvino = pytest.importorskip("openvino")
     _, out, images = graphs
-    exact = {"INFERENCE_PRECISION_HINT": "f32"}
-    compiled = openvino.Core().compile_model(str(out), "CPU", exact)
+    graph = compiled(out, {"INFERENCE_PRECISION_HINT": "f32"})
     plain = answers(onnx.load(out), {"input": images})
     # without VNNI its kernels halve the weights, so that 16-bit sums hold them: a bit is lost
     has_vnni = any(flag in Path("/proc/cpuinfo").read_text() for flag in ("vnni", "amx_int8"))
-    assert sqnr_db(plain, [compiled(images)[0]]) > (35 if has_vnni else 20)
+    assert sqnr_db(plain, [graph(images)[0]]) > (35 if has_vnni else 20)
 
 
 def test_openvino_quantizes_behind_the_relu_in_one_kernel_with_it(
@@ -177,7 +175,6 @@ def test_a_shortcut_padded_with_zeros_stays_as_it_was_quantized(tmp_path: Path):
 def test_openvino_answers_the_same_without_repeated_pairs(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    openvino = pytest.importorskip("openvino")
     model = GRAPHS[name]()
     feed = images(model, 8)
     plan = make_quant_plan(calibrate(model, [feed]), target="openvino")
@@ -188,7 +185,6 @@ def test_openvino_answers_the_same_without_repeated_pairs(
     found = []
     for graph in written:
         onnx.save(graph, tmp_path / "int8.onnx")
-        compiled = openvino.Core().compile_model(str(tmp_path / "int8.onnx"), "CPU", exact)
-        found.append(list(compiled(feed).values()))
+        found.append(list(compiled(tmp_path / "int8.onnx", exact)(feed).values()))
     for one, other in zip(*found, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)

@@ -4,8 +4,8 @@ import importlib
 
 import numpy as np
 import onnx
-import pytest
 from onnx import TensorProto, helper, numpy_helper
+from openvino_core import compiled
 
 import compress
 from compress.qdq.lint import fix_onnx, lint_onnx
@@ -57,9 +57,7 @@ def images(count=16):
 
 
 def openvino_answer(path, feed):
-    openvino = pytest.importorskip("openvino")
-    hint = {"INFERENCE_PRECISION_HINT": "f32"}
-    found = openvino.Core().compile_model(str(path), "CPU", hint)(feed)
+    found = compiled(path, {"INFERENCE_PRECISION_HINT": "f32"})(feed)
     return [np.asarray(found[0])]
 
 

@@ -254,7 +254,10 @@ _cores: list[Any] = []
 
 
 def _core() -> Any:
-    """Return the one Core of this process; making one costs 20 ms and a thread pool."""
+    """Return the one Core of this process; making one costs 20 ms and a thread pool.
+
+    Of two, the first to end leaves signals a stack that is gone, which kills the process (2026.4).
+    """
     if not _cores:
         _cores.append(_package().Core())
     return _cores[0]
